@@ -1,0 +1,204 @@
+"""python -m minillm: fetch, generate, chat, bench.
+
+A user's mistake costs one line on standard error and exit code 2. With --json, standard output
+holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from .errors import InputError
+from .loading.registry import ENTRIES, fetch
+from .sampling_params import SamplingParams
+
+EXIT_USER_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv=None):
+    """Run one command; -> the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"minillm {args.command}: {error}", file=sys.stderr)
+        return EXIT_USER_MISTAKE
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def run_fetch(args):
+    for name in args.names or [entry.name for entry in ENTRIES]:
+        print(fetch(name))
+
+
+def run_generate(args):
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    params = read_sampling_params(args)
+    llm = open_llm(args)
+    if args.chat:
+        prompt = [{"role": "user", "content": prompt}]
+        if args.system:
+            prompt.insert(0, {"role": "system", "content": args.system})
+    elif args.system:
+        raise InputError("--system belongs to a conversation: add --chat")
+    if args.json or params.n > 1:
+        output = llm.chat(prompt, params) if args.chat else llm.generate([prompt], params)[0]
+        print(json.dumps(describe(llm, output), ensure_ascii=False) if args.json
+              else "\n---\n".join(completion.text for completion in output.outputs))
+    else:
+        stream = llm.stream(prompt, params)
+        output = stream.output
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+    if args.stats:
+        print(summary(llm, output), file=sys.stderr)
+
+
+def run_chat(args):
+    from .chat_session import chat_session
+
+    chat_session(open_llm(args), read_sampling_params(args), args.system)
+
+
+def run_bench(args):
+    from .bench import run_benchmark
+
+    run_benchmark(args.name, args.out)
+
+
+def open_llm(args):
+    from .llm import LLM
+
+    return LLM(args.model, args.backend, args.device, args.dtype, args.quantize)
+
+
+def describe(llm, output):
+    """What --json prints: the first completion's fields on top, all of them under "outputs"."""
+    completions = [dataclasses.asdict(completion) for completion in output.outputs]
+    return {
+        **completions[0],
+        "prompt_token_ids": output.prompt_token_ids,
+        "outputs": completions,
+        "model": llm.model,
+        "backend": llm.runner.backend,
+        "device": llm.runner.device,
+        "dtype": llm.runner.dtype,
+        "quantize": None,
+    }
+
+
+def summary(llm, output):
+    """One line of metrics."""
+    metrics = output.metrics
+    parts = [f"{metrics.num_prompt_tokens} prompt tokens", f"TTFT {metrics.ttft_ms:.0f} ms"]
+    if metrics.num_cached_tokens:
+        parts[0] += f" ({metrics.num_cached_tokens} cached)"
+    parts.append(f"{metrics.num_output_tokens} output tokens")
+    if metrics.tpot_ms:
+        parts.append(f"TPOT {metrics.tpot_ms:.1f} ms, {metrics.decode_tokens_per_s:.0f} tokens/s")
+    where = f"{llm.runner.backend} {llm.runner.device} {llm.runner.dtype}"
+    return f"[{' · '.join(parts)} · {where}]"
+
+
+def read_sampling_params(args):
+    """SamplingParams from the flags that were given; the others keep their defaults."""
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    bias = given.pop("logit_bias", None)
+    if bias is not None:
+        pairs = [entry.partition("=") for entry in bias]
+        try:
+            given["logit_bias"] = {int(token): float(value) for token, _, value in pairs}
+        except ValueError:
+            raise InputError(f"--logit-bias takes TOKEN_ID=BIAS such as 15=-2.5, not "
+                             f"{' '.join(bias)!r}") from None
+    return SamplingParams(**given)
+
+
+SAMPLING_FLAGS = {
+    "temperature": (float, "0 takes the best token; the default is 1"),
+    "top_k": (int, "keep the K best tokens"),
+    "top_p": (float, "keep the fewest tokens that have this probability together"),
+    "min_p": (float, "keep tokens at least this likely, relative to the best"),
+    "repetition_penalty": (float, "above 1: less of what was there before"),
+    "presence_penalty": (float, "subtracted once from what the answer has"),
+    "frequency_penalty": (float, "subtracted for each time that the answer has it"),
+    "logit_bias": (str, "TOKEN_ID=BIAS, may be repeated"),
+    "stop": (str, "a text that ends the answer, may be repeated"),
+    "seed": (int, "same seed, same text"),
+    "max_tokens": (int, "tokens of answer at most; the default is 64"),
+    "min_tokens": (int, "tokens of answer at least"),
+    "ignore_eos": (bool, "go on where the model would end"),
+    "logprobs": (int, "with --json: log-probabilities of this many best tokens"),
+    "n": (int, "answers to the same prompt"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line."""
+
+    def error(self, message):
+        self.exit(EXIT_USER_MISTAKE, f"{self.prog}: {message}; {self.prog} --help shows all\n")
+
+
+def build_parser():
+    parser = Parser(prog="minillm", description="LLM inference from scratch.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text):
+        child = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        child.set_defaults(run=run)
+        return child
+
+    fetch_command = command("fetch", run_fetch, "bring weights and texts to weights/, checked")
+    fetch_command.add_argument("names", nargs="*", metavar="NAME",
+                               help="; ".join(f"{entry.name} ({entry.kind})" for entry in ENTRIES)
+                               + '; or "org/name" on the hub; all registered ones if none is given')
+
+    generate_command = command("generate", run_generate, "continue a prompt, or answer it")
+    generate_command.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
+    generate_command.add_argument("--chat", action="store_true", help="as a message to the model")
+    generate_command.add_argument("--json", action="store_true", help="print one JSON object")
+    generate_command.add_argument("--stats", action="store_true",
+                                  help="print a line of metrics on standard error")
+    chat_command = command("chat", run_chat, "a conversation in the terminal")
+    for child in (generate_command, chat_command):
+        child.add_argument("--system", metavar="TEXT", help="how the model is to behave")
+        add_model_flags(child)
+        add_sampling_flags(child)
+
+    bench_command = command("bench", run_bench, "measure, write JSON, draw the figure")
+    bench_command.add_argument("name", metavar="NAME|all")
+    bench_command.add_argument("--out", metavar="FOLDER", help="instead of the chapter's results/")
+    return parser
+
+
+def add_model_flags(parser):
+    parser.add_argument("--model", default="smollm2-135m-instruct", metavar="M",
+                        help="a registered name, a .gguf file, a Hugging Face folder or hub id")
+    parser.add_argument("--backend", default="torch", metavar="numpy|torch")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+    parser.add_argument("--quantize", metavar="Q", help="no format is available yet")
+
+
+def add_sampling_flags(parser):
+    for name, (kind, text) in SAMPLING_FLAGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        elif name in ("stop", "logit_bias"):
+            parser.add_argument(flag, action="append", metavar="TEXT", help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar="N", help=text)

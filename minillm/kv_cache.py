@@ -1,0 +1,92 @@
+"""Where do keys and values live, so that no token is computed twice?
+
+In two arrays, allocated once for all layers: a new token writes its key and value behind those of
+the tokens before it, and attends to all of them. Chapter 07_kv_cache tells the story. Left out
+here: many sequences in one memory, which is `paged_cache.py`'s subject.
+
+The model hands a layer's fresh q, k, v to `attend` and gets the attention output back; what a
+cache does in between (append, gather blocks, quantize) is its own affair.
+"""
+
+from __future__ import annotations
+
+import lazy_loader as lazy
+import numpy as np
+
+from .attention import attention_np, attention_sdpa, online_softmax_attention_np
+
+torch = lazy.load("torch")
+
+# Up to this many scores a head, the plain form; beyond, the online one (1 MiB in float32).
+MAX_PLAIN_SCORES = 2**18
+
+
+class KVCache:
+    """The keys and values of one sequence, contiguous and preallocated (NumPy).
+
+    keys, values: [L, K, capacity, D].   Memory: 2·L·K·D·capacity numbers; pages that no token has
+    reached yet are not touched, so a long capacity costs nothing before it is used.
+    """
+
+    def __init__(self, config, capacity, dtype=np.float32):
+        self.capacity = capacity
+        self.lengths = [0] * config.num_hidden_layers  # tokens written, layer by layer
+        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = np.empty(shape, dtype=dtype)
+        self.values = np.empty(shape, dtype=dtype)
+
+    @property
+    def length(self):
+        """Tokens whose keys and values every layer has."""
+        return min(self.lengths)
+
+    def append(self, layer, k, v):
+        """Write k, v [N, K, D] behind what layer `layer` holds; -> all its keys, values [K, S, D].
+
+        Raises ValueError beyond the capacity: a full cache must not drop a token silently.
+        """
+        start = self.lengths[layer]
+        end = start + k.shape[0]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit in a cache with a capacity of "
+                             f"{self.capacity}: allocate a longer one or truncate it")
+        self.keys[layer, :, start:end] = k.swapaxes(0, 1)
+        self.values[layer, :, start:end] = v.swapaxes(0, 1)
+        self.lengths[layer] = end
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def attend(self, layer, q, k, v):
+        """Store fresh keys and values, then attend to all.
+
+        q: [N, H, D], k, v: [N, K, D]  ->  [N, H, D];   the N tokens follow those in the cache.
+        """
+        keys, values = self.append(layer, k, v)
+        plain = q.shape[0] * keys.shape[1] <= MAX_PLAIN_SCORES
+        attention = attention_np if plain else online_softmax_attention_np
+        return attention(q.swapaxes(0, 1), keys, values).swapaxes(0, 1)
+
+    def truncate(self, length):
+        """Forget every token from position `length` on: the next one is written there.
+
+        Also what makes the cache whole again after a forward pass was interrupted half-way,
+        when some layers hold more tokens than others: truncate(cache.length).
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} tokens")
+        self.lengths = [length] * len(self.lengths)
+
+
+class KVCacheTorch(KVCache):
+    """Same contract as KVCache; tensors on `device`, attention through the fused kernel."""
+
+    def __init__(self, config, capacity, dtype, device):
+        self.capacity = capacity
+        self.lengths = [0] * config.num_hidden_layers
+        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def attend(self, layer, q, k, v):
+        """Same contract as KVCache.attend."""
+        keys, values = self.append(layer, k, v)
+        return attention_sdpa(q.swapaxes(0, 1), keys, values).swapaxes(0, 1)

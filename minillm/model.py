@@ -1,0 +1,95 @@
+"""What does the whole model compute? Everything, on one screen.
+
+`forward_*` is prefill, decode, scoring and (in later chapters) a batch and the verification of
+drafts: always one row a token, whichever requests the rows come from, with the cache in charge of
+who attends to whom. Chapter 05_model tells the story.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lazy_loader as lazy
+import numpy as np
+
+from .config import ModelConfig
+from .linear import Dense, embedding_np, embedding_torch, linear_np, linear_torch
+from .mlp import swiglu_np, swiglu_torch
+from .norm import rms_norm_np, rms_norm_torch
+from .rope import rope_angles_np, rope_angles_torch, rope_np, rope_torch
+
+torch = lazy.load("torch")
+
+
+@dataclass
+class LayerWeights:
+    """One transformer block. Norms are vectors; projections are objects that multiply."""
+
+    input_layernorm: np.ndarray | torch.Tensor  # [C]
+    qkv_proj: Dense  # [(H + 2K)·D, C], the rows of q_proj, then k_proj, then v_proj
+    o_proj: Dense  # [C, H·D]
+    post_attention_layernorm: np.ndarray | torch.Tensor  # [C]
+    gate_proj: Dense  # [F, C]
+    up_proj: Dense  # [F, C]
+    down_proj: Dense  # [C, F]
+    qk_norm: np.ndarray | torch.Tensor | None = None  # [H + K, D], Qwen3: a norm for every head
+
+
+@dataclass
+class Weights:
+    """A model: its shape and its numbers, under the names that vLLM and Hugging Face give them."""
+
+    config: ModelConfig
+    embed_tokens: Dense  # [V, C]
+    layers: list[LayerWeights]
+    norm: np.ndarray | torch.Tensor  # [C]
+    lm_head: Dense  # [V, C]; the same object as embed_tokens where they are tied
+    inv_freq: np.ndarray | torch.Tensor  # [D/2], float64: an angle can be thousands of radians
+
+
+def forward_np(weights, tokens, positions, cache, rows=None):
+    """One pass through the transformer.
+
+    tokens, positions: [N] int;  cache: whatever has `attend(layer, q, k, v)`;  rows: indices of
+    the R tokens whose logits the caller wants (all if None: the head is a fifth of all weights of
+    a small model, so ask for no more than you read).   ->  logits [R, V].
+    (LLaMA: Touvron et al. 2023, §2.2.)   Cost: about 2·N FLOPs a weight, plus attention.
+    """
+    N, eps, (H, K, D) = len(tokens), weights.config.rms_norm_eps, weights.config.heads
+    x = embedding_np(tokens, weights.embed_tokens)  # [N, C]
+    cos, sin = rope_angles_np(positions, weights.inv_freq)  # [N, D/2]
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    for index, layer in enumerate(weights.layers):
+        h = rms_norm_np(x, layer.input_layernorm, eps)
+        qkv = linear_np(h, layer.qkv_proj).reshape(N, H + 2 * K, D)
+        qk, v = qkv[:, : H + K], qkv[:, H + K :]  # [N, H+K, D], [N, K, D]
+        if layer.qk_norm is not None:
+            qk = rms_norm_np(qk, layer.qk_norm, eps)
+        qk = rope_np(qk, cos, sin)  # one position, one angle, for queries and keys
+        h = cache.attend(index, qk[:, :H], qk[:, H:], v).reshape(N, -1)  # [N, H·D]
+        x = x + linear_np(h, layer.o_proj)
+        h = rms_norm_np(x, layer.post_attention_layernorm, eps)
+        x = x + swiglu_np(h, layer.gate_proj, layer.up_proj, layer.down_proj)
+    x = x if rows is None else x[rows]  # [R, C]
+    return linear_np(rms_norm_np(x, weights.norm, eps), weights.lm_head)
+
+
+def forward_torch(weights, tokens, positions, cache, rows=None):
+    """Same contract as forward_np."""
+    N, eps, (H, K, D) = len(tokens), weights.config.rms_norm_eps, weights.config.heads
+    x = embedding_torch(tokens, weights.embed_tokens)
+    cos, sin = rope_angles_torch(positions, weights.inv_freq)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    for index, layer in enumerate(weights.layers):
+        h = rms_norm_torch(x, layer.input_layernorm, eps)
+        qkv = linear_torch(h, layer.qkv_proj).reshape(N, H + 2 * K, D)
+        qk, v = qkv[:, : H + K], qkv[:, H + K :]
+        if layer.qk_norm is not None:
+            qk = rms_norm_torch(qk, layer.qk_norm, eps)
+        qk = rope_torch(qk, cos, sin)
+        h = cache.attend(index, qk[:, :H], qk[:, H:], v).reshape(N, -1)
+        x = x + linear_torch(h, layer.o_proj)
+        h = rms_norm_torch(x, layer.post_attention_layernorm, eps)
+        x = x + swiglu_torch(h, layer.gate_proj, layer.up_proj, layer.down_proj)
+    x = x if rows is None else x[rows]
+    return linear_torch(rms_norm_torch(x, weights.norm, eps), weights.lm_head)

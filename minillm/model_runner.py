@@ -1,0 +1,121 @@
+"""Who runs the model: NumPy, or PyTorch on a CPU or a GPU?
+
+A runner holds the weights where its backend wants them and takes token ids to logits. All that
+differs between the backends outside the maths (arrays or tensors, dtype, device) is in this file;
+what stands above it, generation and everything after, is written once.
+"""
+
+from __future__ import annotations
+
+import lazy_loader as lazy
+import numpy as np
+
+from .errors import InputError
+from .kv_cache import KVCache, KVCacheTorch
+from .loading.weights import load_weights
+from .model import forward_np, forward_torch
+from .sampling import sample_np, sample_torch, top_logprobs_np, top_logprobs_torch
+
+torch = lazy.load("torch")
+
+
+def make_runner(checkpoint, backend, device, dtype):
+    """The runner for `backend` "numpy" or "torch".   Raises InputError for any other."""
+    if backend == "numpy":
+        return NumpyRunner(checkpoint, device, dtype)
+    if backend == "torch":
+        return TorchRunner(checkpoint, device, dtype)
+    raise InputError(f"backend {backend!r} is unknown: choose 'torch' or 'numpy'")
+
+
+class NumpyRunner:
+    """The reference: every step is the `_np` function, in float32."""
+
+    backend = "numpy"
+
+    def __init__(self, checkpoint, device="auto", dtype="auto"):
+        if device not in ("auto", "cpu"):
+            raise InputError(f"device {device!r} needs PyTorch: use backend 'torch', or device 'cpu'")
+        if dtype not in ("auto", "float32", "float64"):
+            raise InputError(f"dtype {dtype!r} is not for NumPy: choose 'float32' or 'float64', "
+                             "or use backend 'torch'")
+        self.device = "cpu"
+        self.dtype = "float32" if dtype == "auto" else dtype
+        self.weights = load_weights(checkpoint, lambda array: array.astype(self.dtype, copy=False))
+
+    def new_cache(self, capacity):
+        return KVCache(self.weights.config, capacity, self.dtype)
+
+    def forward(self, tokens, positions, cache, rows=None):
+        """tokens, positions: lists of N ints; rows: as in forward_np  ->  logits [R, V]."""
+        return forward_np(self.weights, np.asarray(tokens), np.asarray(positions), cache, rows)
+
+    sample = staticmethod(sample_np)
+    top_logprobs = staticmethod(top_logprobs_np)
+
+    def to_numpy(self, logits):
+        return logits.astype(np.float32)
+
+
+class TorchRunner:
+    """Every step is the `_torch` function, on `device`, in float32, bfloat16 or float16."""
+
+    backend = "torch"
+
+    def __init__(self, checkpoint, device="auto", dtype="auto"):
+        self.torch_device = choose_device(device)
+        self.torch_dtype = choose_dtype(dtype, self.torch_device)
+        self.device = str(self.torch_device)
+        self.dtype = str(self.torch_dtype).removeprefix("torch.")
+        self.weights = load_weights(checkpoint, self._convert)
+        self.weights.inv_freq = torch.from_numpy(self.weights.inv_freq).to(self.torch_device)
+
+    def _convert(self, array):
+        # A memory-mapped array is read-only, and torch wants to be told that nobody will write.
+        array = array if array.flags.writeable else array.copy()
+        return torch.from_numpy(array).to(self.torch_device, self.torch_dtype)
+
+    def new_cache(self, capacity):
+        return KVCacheTorch(self.weights.config, capacity, self.torch_dtype, self.torch_device)
+
+    def forward(self, tokens, positions, cache, rows=None):
+        """Same contract as NumpyRunner.forward."""
+        with torch.inference_mode():
+            tokens = torch.tensor(tokens, device=self.torch_device)
+            positions = torch.tensor(positions, device=self.torch_device)
+            return forward_torch(self.weights, tokens, positions, cache, rows)
+
+    sample = staticmethod(sample_torch)
+    top_logprobs = staticmethod(top_logprobs_torch)
+
+    def to_numpy(self, logits):
+        return logits.float().cpu().numpy()
+
+
+def choose_device(device):
+    """"auto" is the first GPU if there is one.   Raises InputError for one that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is unknown: choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    num_gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        raise InputError(f"device {device!r} is not there: PyTorch sees {num_gpus} CUDA devices; "
+                         "use device 'cpu' or 'auto'")
+    return chosen
+
+
+def choose_dtype(dtype, device):
+    """"auto" is bfloat16 wherever the hardware multiplies it, and float32 elsewhere."""
+    if dtype == "auto":
+        mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
+        fast = device.type == "cuda" or (mkldnn and mkldnn._is_mkldnn_bf16_supported())
+        return torch.bfloat16 if fast else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise InputError(f"dtype {dtype!r} is unknown: choose 'auto' or one of {', '.join(known)}")
+    return known[dtype]

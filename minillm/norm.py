@@ -1,0 +1,37 @@
+"""What keeps the numbers of a deep network in range? RMSNorm.
+
+Chapter 03_transformer_block tells the story. LayerNorm, which also subtracts the mean, is left
+out: the models here do without it.
+"""
+
+from __future__ import annotations
+
+import lazy_loader as lazy
+import numpy as np
+
+torch = lazy.load("torch")
+
+
+def rms_norm_np(x, weight, eps):
+    """Scale each row to a root mean square of one, then by a learned weight.
+
+        x / √(mean(x²) + eps) · weight              (Zhang and Sennrich 2019, eq. 4)
+
+    x: [..., C], weight: [C]  ->  [..., C].   The mean is taken in float32 at least: the square of
+    a bfloat16 number keeps eight bits, and 576 of them do not add up.
+
+    >>> rms_norm_np(np.array([3.0, 4.0]), np.ones(2), eps=0.0).round(3)
+    array([0.849, 1.131])
+    """
+    wide = x.astype(np.promote_types(x.dtype, np.float32), copy=False)
+    mean_square = (wide * wide).mean(axis=-1, keepdims=True)
+    wide = wide / np.sqrt(mean_square + eps)
+    return wide.astype(x.dtype, copy=False) * weight
+
+
+def rms_norm_torch(x, weight, eps):
+    """Same contract as rms_norm_np."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = (wide * wide).mean(dim=-1, keepdim=True)
+    wide = wide / torch.sqrt(mean_square + eps)
+    return wide.to(x.dtype) * weight

@@ -1,0 +1,340 @@
+"""Which token comes next? From the model's logits [V] to one token id, NumPy above torch.
+
+Chapter 06_sampling tells the story. The order of the steps is vLLM's (v1/sample/sampler.py):
+
+    min_tokens · logit_bias · penalties      may change which token is best   process_logits_*
+    greedy? then the best token, and done
+    temperature · min_p · top_k · top_p      never remove the best token      probabilities_*
+    draw                                     inverse of the cumulative sum    draw_*
+
+Every step takes logits and returns new ones, with -inf for what is removed; the caller's array is
+never changed. Randomness is an argument, the uniform number u. The arithmetic is float64: 49 152
+numbers cost little beside a forward pass, and both twins pick the same token for the same u.
+
+Left out on purpose: batches (one row a call), and stop strings, which are a matter of text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import lazy_loader as lazy
+import numpy as np
+
+from .sampling_params import SamplingParams
+
+torch = lazy.load("torch")
+
+# Two sums of the same probabilities differ in their last digits. A nucleus whose mass reaches
+# top_p but for those digits is complete: of (0.5, 0.3, 0.2), top_p=0.8 keeps two tokens, always.
+ROUNDING = 1e-9
+
+
+def request_rng(seed: int | None, index: int) -> np.random.Generator:
+    """The random stream of completion `index` of a request: `.random()` gives the next u.
+
+    Each completion owns its stream, so its text does not depend on what else runs. seed None
+    takes fresh entropy from the system.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+
+
+def sample_np(logits, params: SamplingParams, u, prompt_token_ids=(), output_token_ids=(),
+              stop_token_ids=()) -> int:
+    """The next token of one request.
+
+    logits: [V], any float type   u: uniform in [0, 1), not read when greedy   stop_token_ids: the
+    tokens that end a text, which min_tokens forbids.
+    Raises FloatingPointError if the best logit is no finite number: a token picked from such logits
+    would look like an answer. (No InputError, because the caller is not to blame.)
+    """
+    logits = process_logits_np(logits, params, prompt_token_ids, output_token_ids, stop_token_ids)
+    best = int(logits.argmax())  # NaN counts as the largest, so one number vouches for all
+    if not np.isfinite(logits[best]):
+        raise FloatingPointError(f"the best logit is {float(logits[best])}: the model's arithmetic "
+                                 "overflowed, or every token is ruled out")
+    if params.is_greedy:
+        return best
+    return draw_np(probabilities_np(logits, params), u)
+
+
+def sample_torch(logits, params: SamplingParams, u, prompt_token_ids=(), output_token_ids=(),
+                 stop_token_ids=()) -> int:
+    """Same contract as sample_np."""
+    logits = process_logits_torch(logits, params, prompt_token_ids, output_token_ids,
+                                  stop_token_ids)
+    best = int(logits.argmax())
+    if not torch.isfinite(logits[best]):
+        raise FloatingPointError(f"the best logit is {float(logits[best])}: the model's arithmetic "
+                                 "overflowed, or every token is ruled out")
+    if params.is_greedy:
+        return best
+    return draw_torch(probabilities_torch(logits, params), u)
+
+
+def process_logits_np(logits, params, prompt_token_ids, output_token_ids, stop_token_ids):
+    """The steps that can change which token is best. If none is asked for, the logits come back as
+    they are: a greedy token then costs one argmax."""
+    logit_bias = dict(params.logit_bias or {})
+    if len(output_token_ids) < params.min_tokens:
+        logit_bias.update(dict.fromkeys(stop_token_ids, -math.inf))
+    if logit_bias:
+        logits = bias_np(logits, logit_bias)
+    if params.repetition_penalty != 1:
+        seen_token_ids = [*prompt_token_ids, *output_token_ids]
+        logits = penalize_repetition_np(logits, params.repetition_penalty, seen_token_ids)
+    if params.frequency_penalty or params.presence_penalty:
+        logits = penalize_frequency_np(logits, params.frequency_penalty, params.presence_penalty,
+                                       output_token_ids)
+    return logits
+
+
+def process_logits_torch(logits, params, prompt_token_ids, output_token_ids, stop_token_ids):
+    """Same contract as process_logits_np."""
+    logit_bias = dict(params.logit_bias or {})
+    if len(output_token_ids) < params.min_tokens:
+        logit_bias.update(dict.fromkeys(stop_token_ids, -math.inf))
+    if logit_bias:
+        logits = bias_torch(logits, logit_bias)
+    if params.repetition_penalty != 1:
+        seen_token_ids = [*prompt_token_ids, *output_token_ids]
+        logits = penalize_repetition_torch(logits, params.repetition_penalty, seen_token_ids)
+    if params.frequency_penalty or params.presence_penalty:
+        logits = penalize_frequency_torch(logits, params.frequency_penalty, params.presence_penalty,
+                                          output_token_ids)
+    return logits
+
+
+def probabilities_np(logits, params):
+    """The distribution that a token is drawn from: [V] float64, sum 1, 0 for what is removed.
+
+    The temperature comes first, so it decides how many tokens min_p and top_p let through.
+    Not for greedy params, whose temperature divides by 0.
+    """
+    logits = logits.astype(np.float64) / params.temperature
+    if params.min_p > 0:
+        logits = min_p_np(logits, params.min_p)
+    if params.top_k > 0:
+        logits = top_k_np(logits, params.top_k)
+    if params.top_p < 1:
+        logits = top_p_np(logits, params.top_p)
+    return softmax_np(logits)
+
+
+def probabilities_torch(logits, params):
+    """Same contract as probabilities_np."""
+    logits = logits.to(torch.float64) / params.temperature
+    if params.min_p > 0:
+        logits = min_p_torch(logits, params.min_p)
+    if params.top_k > 0:
+        logits = top_k_torch(logits, params.top_k)
+    if params.top_p < 1:
+        logits = top_p_torch(logits, params.top_p)
+    return softmax_torch(logits)
+
+
+def bias_np(logits, logit_bias):
+    """Adds to chosen logits: logit_bias is token id -> addend. ln 2 doubles a token's odds, -inf
+    forbids it."""
+    logits = logits.astype(np.float64)
+    logits[list(logit_bias)] += np.array(list(logit_bias.values()), dtype=np.float64)
+    return logits
+
+
+def bias_torch(logits, logit_bias):
+    """Same contract as bias_np."""
+    logits = logits.to(torch.float64, copy=True)
+    logits[list(logit_bias)] += torch.tensor(list(logit_bias.values()), dtype=torch.float64,
+                                             device=logits.device)
+    return logits
+
+
+def penalize_repetition_np(logits, repetition_penalty, token_ids):
+    """Makes every token that occurs in token_ids (prompt and output) less likely, once.
+
+    Keskar et al. 2019 (CTRL, §4.1) divide the logit by the penalty; a negative logit has to be
+    multiplied instead, or the penalty would be a reward.
+
+    >>> penalize_repetition_np(np.array([4.0, -4.0, 4.0]), 2.0, [0, 1, 1])
+    array([ 2., -8.,  4.])
+    """
+    logits = logits.astype(np.float64)
+    seen = np.unique(np.array(token_ids, dtype=np.int64))
+    score = logits[seen]
+    logits[seen] = np.where(score > 0, score / repetition_penalty, score * repetition_penalty)
+    return logits
+
+
+def penalize_repetition_torch(logits, repetition_penalty, token_ids):
+    """Same contract as penalize_repetition_np."""
+    logits = logits.to(torch.float64, copy=True)
+    seen = torch.unique(torch.tensor(token_ids, dtype=torch.int64, device=logits.device))
+    score = logits[seen]
+    logits[seen] = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)
+    return logits
+
+
+def penalize_frequency_np(logits, frequency_penalty, presence_penalty, token_ids):
+    """Subtracts frequency_penalty for each time a token occurs in token_ids (the output alone),
+    and presence_penalty once if it occurs at all. (OpenAI's definition.)
+
+    >>> penalize_frequency_np(np.array([1.0, 1.0, 1.0]), 0.5, 0.25, [1, 2, 2])
+    array([ 1.  ,  0.25, -0.25])
+    """
+    logits = logits.astype(np.float64)
+    seen, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
+    logits[seen] -= frequency_penalty * counts + presence_penalty
+    return logits
+
+
+def penalize_frequency_torch(logits, frequency_penalty, presence_penalty, token_ids):
+    """Same contract as penalize_frequency_np."""
+    logits = logits.to(torch.float64, copy=True)
+    seen, counts = torch.unique(torch.tensor(token_ids, dtype=torch.int64, device=logits.device),
+                                return_counts=True)
+    # .double(): an integer tensor times a Python float would be float32
+    logits[seen] -= frequency_penalty * counts.double() + presence_penalty
+    return logits
+
+
+def min_p_np(logits, min_p):
+    """Keeps tokens whose probability is at least min_p times the best one's. (Nguyen et al. 2024)
+
+    p ≥ min_p·p_best  is  logit ≥ best + ln(min_p): the softmax cancels. min_p in (0, 1].
+
+    >>> min_p_np(np.log([0.6, 0.3, 0.1]), 0.4) > -np.inf
+    array([ True,  True, False])
+    """
+    edge = logits.max() + math.log(min_p)
+    return np.where(logits < edge, -np.inf, logits)
+
+
+def min_p_torch(logits, min_p):
+    """Same contract as min_p_np."""
+    edge = logits.max() + math.log(min_p)
+    return torch.where(logits < edge, -torch.inf, logits)
+
+
+def top_k_np(logits, k):
+    """Keeps the k largest logits, and all that equal the k-th. k ≥ 1. (Fan et al. 2018)
+
+    A partition finds the k-th value without sorting: O(V), not O(V·log V).
+
+    >>> top_k_np(np.array([1.0, 3.0, 2.0, 2.0]), 2)
+    array([-inf,   3.,   2.,   2.])
+    """
+    k = min(k, len(logits))
+    edge = np.partition(logits, -k)[-k]
+    return np.where(logits < edge, -np.inf, logits)
+
+
+def top_k_torch(logits, k):
+    """Same contract as top_k_np."""
+    k = min(k, len(logits))
+    edge = torch.topk(logits, k).values[-1]
+    return torch.where(logits < edge, -torch.inf, logits)
+
+
+def top_p_np(logits, top_p):
+    """Keeps the nucleus: the fewest tokens whose probabilities reach top_p in sum, and at least
+    one. Of equal tokens the lower ids stay, as in argmax. (Holtzman et al. 2020, §3.1)
+
+    Seen from the other end: the least likely tokens go, as long as all that have gone together
+    weigh no more than 1 - top_p.
+
+    >>> top_p_np(np.log([0.1, 0.5, 0.15, 0.25]), 0.7) > -np.inf
+    array([False,  True, False,  True])
+    """
+    probs = softmax_np(logits)
+    removable = (1 - top_p) * (1 + ROUNDING)
+    # Tokens below removable/2V weigh less than removable/2 together: all of them go, unsorted.
+    # A model gives most of its vocabulary that little, and sorting is the cost of this step.
+    likely = probs >= removable / (2 * len(probs))
+    ascending = np.sort(probs[likely])
+    tail = probs[~likely].sum() + np.cumsum(ascending)
+    num_removed = min(int(np.searchsorted(tail, removable, side="right")), len(ascending) - 1)
+    edge = ascending[num_removed]
+    kept = probs > edge
+    num_equal = len(ascending) - num_removed - int(kept.sum())
+    equal = np.flatnonzero(probs == edge)[:num_equal]
+    kept[equal] = True
+    return np.where(kept, logits, -np.inf)
+
+
+def top_p_torch(logits, top_p):
+    """Same contract as top_p_np."""
+    probs = softmax_torch(logits)
+    removable = (1 - top_p) * (1 + ROUNDING)
+    likely = probs >= removable / (2 * len(probs))
+    ascending = torch.sort(probs[likely]).values
+    tail = probs[~likely].sum() + torch.cumsum(ascending, dim=0)
+    num_removed = min(int(torch.searchsorted(tail, removable, side="right")), len(ascending) - 1)
+    edge = ascending[num_removed]
+    kept = probs > edge
+    num_equal = len(ascending) - num_removed - int(kept.sum())
+    equal = torch.nonzero(probs == edge).flatten()[:num_equal]
+    kept[equal] = True
+    return torch.where(kept, logits, -torch.inf)
+
+
+def softmax_np(logits):
+    """exp(logit) / Σ exp(logit) in float64; the best logit is moved to 0 so no exp overflows."""
+    logits = logits.astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def softmax_torch(logits):
+    """Same contract as softmax_np."""
+    logits = logits.to(torch.float64)
+    weights = torch.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def draw_np(probs, u) -> int:
+    """The first token, in the order of ids, at which the running sum of probs exceeds u.
+
+    u is measured against the sum that rounding really gave, or a u just below 1 could lie past
+    the end. Tokens of probability 0 do not take part: a GPU adds in parallel, where even they can
+    seem to raise the running sum.
+
+    >>> [draw_np(np.array([0.5, 0.0, 0.25, 0.25]), u) for u in (0.0, 0.49, 0.5, 0.75, 0.99)]
+    [0, 0, 2, 3, 3]
+    """
+    candidates = np.flatnonzero(probs)
+    cumulative = np.cumsum(probs[candidates])
+    return int(candidates[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+
+
+def draw_torch(probs, u) -> int:
+    """Same contract as draw_np."""
+    candidates = torch.nonzero(probs).flatten()
+    cumulative = torch.cumsum(probs[candidates], dim=0)
+    return int(candidates[torch.searchsorted(cumulative, u * cumulative[-1], side="right")])
+
+
+def top_logprobs_np(logits, token, num) -> dict[int, float]:
+    """{token id: log-probability}: first `token`, the one that was sampled, then the num best.
+
+    logits are the model's own: what it thought, before temperature, penalties and the rest. If
+    `token` is among the best it has one entry, so there are num or num + 1. Tokens that the model
+    itself rules out (-inf) are not reported.
+    """
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    candidates = np.flatnonzero(top_k_np(logprobs, max(num, 1)) > -np.inf)
+    order = np.argsort(-logprobs[candidates], kind="stable")  # of equals, the lower id first
+    best = candidates[order][:num].tolist()
+    return {token_id: float(logprobs[token_id]) for token_id in [token, *best]}
+
+
+def top_logprobs_torch(logits, token, num) -> dict[int, float]:
+    """Same contract as top_logprobs_np."""
+    logits = logits.to(torch.float64)
+    shifted = logits - logits.max()
+    logprobs = shifted - torch.log(torch.exp(shifted).sum())
+    candidates = torch.nonzero(top_k_torch(logprobs, max(num, 1)) > -torch.inf).flatten()
+    order = torch.argsort(-logprobs[candidates], stable=True)
+    best = candidates[order][:num].tolist()
+    return {token_id: float(logprobs[token_id]) for token_id in [token, *best]}

@@ -1,0 +1,32 @@
+"""What every test may ask for: the real model's file, and the real model, loaded once."""
+
+import pytest
+import torch
+
+from minillm import LLM
+from minillm.loading.registry import resolve
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    """The GGUF file of the default model, fetched if it is not there."""
+    return resolve("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def llm_numpy(model_path):
+    return LLM(str(model_path), backend="numpy")
+
+
+@pytest.fixture(scope="session")
+def llm_torch(model_path):
+    return LLM(str(model_path), backend="torch", device="cpu", dtype="float32")
