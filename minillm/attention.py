@@ -25,7 +25,7 @@ def attention_np(q, k, v):
 
         softmax(q·kᵀ / √D)·v            (Vaswani et al. 2017, §3.2.1; GQA: Ainslie et al. 2023)
 
-    q: [H, T, D]   k, v: [K, S, D]   ->   [H, T, D];   the T queries are the last T of the S positions
+    q: [H, T, D]   k, v: [K, S, D]   ->   [H, T, D];   the T queries are the last of S positions
     Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.   Raises ValueError if H is no multiple of K.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
@@ -73,7 +73,8 @@ def online_softmax_attention_np(q, k, v, block_size=256):
     for start in range(0, S, block_size):
         end = min(start + block_size, S)
         scores = grouped @ k[:, start:end].swapaxes(1, 2)  # [K, H/K·T, block]
-        scores = np.where(np.arange(start, end) <= position, scores, -np.inf)
+        key = np.arange(start, end)
+        scores = np.where(key <= position, scores, -np.inf)
         # Key 0 is visible to every query, so `new` is finite from the first block on.
         new = np.maximum(largest, scores.max(axis=-1, keepdims=True))
         probs = np.exp(scores - new)
@@ -96,7 +97,8 @@ def online_softmax_attention_torch(q, k, v, block_size=256):
     for start in range(0, S, block_size):
         end = min(start + block_size, S)
         scores = grouped @ k[:, start:end].swapaxes(1, 2)
-        scores = torch.where(torch.arange(start, end, device=q.device) <= position, scores, -math.inf)
+        key = torch.arange(start, end, device=q.device)
+        scores = torch.where(key <= position, scores, -math.inf)
         new = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
         probs = torch.exp(scores - new)
         shrink = torch.exp(largest - new)

@@ -59,8 +59,8 @@ class TemplateSandbox:
         with self._lock:
             reply = json.loads(self._ask(question))
         if "error" in reply:
-            words = " ".join(reply["error"].split())[:500]
-            raise InputError(f"the model's chat template cannot be used here: {words}")
+            raise InputError("the model's chat template cannot be used here: "
+                             + " ".join(reply["error"].split()))
         return reply["text"]
 
     def _ask(self, question: str) -> str:
@@ -69,7 +69,8 @@ class TemplateSandbox:
             command = [sys.executable, "-P", str(Path(__file__).with_name("template_sandbox.py")),
                        str(self.cpu_limit_s)]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           stderr=subprocess.PIPE, encoding="ascii")
+                                           stderr=subprocess.PIPE, encoding="ascii",
+                                           errors="replace")
         try:
             self._child.stdin.write(question + "\n")
             self._child.stdin.flush()
@@ -83,13 +84,11 @@ class TemplateSandbox:
 
     def _explain_death(self) -> str:
         returncode = self._child.wait()
-        stderr = self.close()
+        last_words = self.close().strip().rpartition("\n")[2]
         if returncode == -signal.SIGPROF:
-            return json.dumps({"error": f"it ran for more than {self.cpu_limit_s} s of processor "
-                                        "time (a loop without end?)"})
-        if returncode < 0:
-            return json.dumps({"error": f"it crashed its process (signal {-returncode})"})
-        raise RuntimeError(f"the template sandbox ended with code {returncode}: {stderr}")
+            last_words = (f"it ran for more than {self.cpu_limit_s} s of processor time "
+                          "(a loop without end?)")
+        return json.dumps({"error": last_words or f"it crashed its process ({returncode})"})
 
     def close(self) -> str:
         """End the child; returns what it wrote on standard error."""
@@ -144,9 +143,9 @@ def encode_chat(tokenizer, template: str, messages: list[dict], *,
     """
     _check_messages(messages)
     special_tokens = tokenizer.special_tokens
-    everything = "".join(chain([template, json.dumps(extra, ensure_ascii=False)], special_tokens,
-                               *(message.values() for message in messages)))
-    taken = set(everything)
+    further = json.dumps(extra, ensure_ascii=False, default=str)
+    taken = set("".join(chain([template, further], special_tokens,
+                              *(message.values() for message in messages))))
     unused = (chr(code) for code in chain(*PRIVATE_USE) if chr(code) not in taken)
     stand_in_of = dict(zip(special_tokens, unused))
     longest_first = sorted(stand_in_of, key=len, reverse=True)

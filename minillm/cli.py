@@ -114,7 +114,8 @@ def summary(llm, output):
 
 def read_sampling_params(args):
     """SamplingParams from the flags that were given; the others keep their defaults."""
-    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    values = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    given = {name: value for name, value in values.items() if value is not None}
     bias = given.pop("logit_bias", None)
     if bias is not None:
         pairs = [entry.partition("=") for entry in bias]

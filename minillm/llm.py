@@ -145,7 +145,7 @@ class LLM:
 
     def _stream(self, request, cache=None):
         if request.params.n > 1:
-            raise InputError(f"n is {request.params.n}, but a stream shows one answer: use generate")
+            raise InputError(f"n is {request.params.n}, must be 1 in a stream: use generate")
         cache = cache or self._new_cache(request)
         return Stream(request.output, generate(self.runner, self.tokenizer, request, cache))
 

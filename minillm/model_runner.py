@@ -35,7 +35,7 @@ class NumpyRunner:
 
     def __init__(self, checkpoint, device="auto", dtype="auto"):
         if device not in ("auto", "cpu"):
-            raise InputError(f"device {device!r} needs PyTorch: use backend 'torch', or device 'cpu'")
+            raise InputError(f"device {device!r} is not for NumPy: use 'cpu', or backend 'torch'")
         if dtype not in ("auto", "float32", "float64"):
             raise InputError(f"dtype {dtype!r} is not for NumPy: choose 'float32' or 'float64', "
                              "or use backend 'torch'")

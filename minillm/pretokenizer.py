@@ -99,6 +99,18 @@ def _sort_marks(run: regex.Match) -> str:
     return "".join(sorted(marks, key=unicodedata.combining))
 
 
+def utf8(text: str) -> bytes:
+    r"""The bytes of a text. Half of a surrogate pair, which has none, raises InputError.
+
+    A str may hold one (json.loads('"\\ud83d"') returns one), although it is no character.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"text holds {text[error.start]!r}, half of a surrogate pair, which is no "
+                         "character: send both halves or U+FFFD") from None
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token that is looked for before the text is cut into words.
@@ -137,12 +149,8 @@ class Pretokenizer:
         self._added_normalized_pattern = _any_of(self._added_normalized)
 
     def words(self, text: str) -> list[str]:
-        """Cut text without added tokens. Raises InputError for half of a surrogate pair."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"text holds {text[error.start]!r}, half of a surrogate pair, which "
-                             "is no character: decode the text with errors='replace'") from None
+        """The words of a text that is looked through for no added tokens."""
+        utf8(text)
         return self._family_pattern.findall(text)
 
     def split_added(self, text: str, allow_special: bool) -> list[str | int]:

@@ -37,6 +37,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MEMORY_LIMIT_BYTES = 512 * 2**20
 MAX_EXTRA_CHARS = 2**20  # what a template may write beyond twice what it was given
+MAX_ERROR_CHARS = 500
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -103,9 +104,9 @@ def answer(template: str, variables: dict, max_output_chars: int) -> dict:
     except MemoryError:
         return {"error": f"it needs more than {MEMORY_LIMIT_BYTES} bytes of memory"}
     except jinja2.TemplateError as error:
-        return {"error": error.message}
+        return {"error": str(error.message)[:MAX_ERROR_CHARS]}
     except Exception as error:  # a stranger's code may raise anything
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]}
     if len(text) > max_output_chars:
         return {"error": f"it writes {len(text)} characters, at most {max_output_chars} allowed"}
     return {"text": text}

@@ -30,14 +30,14 @@ from math import inf
 from pathlib import Path
 
 from .errors import InputError
-from .pretokenizer import AddedToken, Pretokenizer
+from .pretokenizer import AddedToken, Pretokenizer, utf8
 
 # Single bytes get their ids in GPT-2's order: first those that print as a visible character.
 PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES_IN_ORDER = [*PRINTABLE_BYTES, *sorted({*range(256)} - {*PRINTABLE_BYTES})]
 
-LONG_PIECE = 64  # tokens; about where the heap overtakes the plain loop
-MAX_CACHED_PIECES = 65_536
+MAX_CACHED_WORDS = 65_536
+MAX_CACHED_CHARACTERS = 64  # of one word
 
 Pair = tuple[int, int]
 
@@ -174,18 +174,16 @@ def merge_pairs_fast(ids: Sequence[int], ranks: dict[Pair, int],
 class Tokenizer:
     """Text to ids and back: the same ids as the library `tokenizers` for the same files.
 
-    tokens: the bytes of every id.  merges: pairs of ids, the earliest learned first.
+    tokens: the bytes of every id; a byte that none of them spells is dropped from a text, as
+    `tokenizers` does (SmolLM2 has no U+0004).  merges: pairs of ids, the earliest learned first.
     ignore_merges: a word that is a token is never built from pairs (Llama 3).
-    unknown_token_id: stands for a byte that no token spells; None: such a byte is dropped
-    (SmolLM2 knows no U+0004, for example).
-    add_bos_token: whether a prompt should begin with bos_token_id; encode() never adds it.
+    add_bos_token: a prompt should begin with bos_token_id; encode() itself never adds it.
     Raises InputError where the parts do not fit together.
     """
 
     def __init__(self, tokens: list[bytes], merges: list[Pair], pretokenizer: Pretokenizer, *,
-                 ignore_merges: bool = False, unknown_token_id: int | None = None,
-                 bos_token_id: int | None = None, eos_token_id: int | None = None,
-                 add_bos_token: bool = False):
+                 ignore_merges: bool = False, bos_token_id: int | None = None,
+                 eos_token_id: int | None = None, add_bos_token: bool = False):
         for name, id in (("bos_token_id", bos_token_id), ("eos_token_id", eos_token_id)):
             if id is not None and not 0 <= id < len(tokens):
                 raise InputError(f"{name} is {id}, must be from 0 to {len(tokens) - 1}")
@@ -194,18 +192,16 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.add_bos_token = add_bos_token
+        self.pretokenizer = pretokenizer
+        self.special_tokens = {
+            token.text: token.id for token in pretokenizer.added_tokens if token.special}
 
-        added = pretokenizer.added_tokens
-        self.special_tokens = {token.text: token.id for token in added if token.special}
-        self._special_ids = frozenset(self.special_tokens.values())
-        self._pretokenizer = pretokenizer
+        added_ids = {token.id for token in pretokenizer.added_tokens}
+        learned = {token: id for id, token in enumerate(tokens) if id not in added_ids}
+        id_of = {tokens[id]: id for id in added_ids} | learned
         self._tokens = tokens
-
-        added_ids = {token.id for token in added}
-        self._whole_words = {} if not ignore_merges else {
-            token: id for id, token in enumerate(tokens) if id not in added_ids}
-        id_of = {token: id for id, token in enumerate(tokens)}
-        self._byte_ids = [id_of.get(bytes([byte]), unknown_token_id) for byte in range(256)]
+        self._byte_ids = [id_of.get(bytes([byte])) for byte in range(256)]
+        self._whole_words = learned if ignore_merges else {}
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         try:
             self._merged = [id_of[tokens[left] + tokens[right]] for left, right in merges]
@@ -223,11 +219,11 @@ class Tokenizer:
         Raises InputError for half of a surrogate pair, which is no text.
         """
         ids: list[int] = []
-        for part in self._pretokenizer.split_added(text, allow_special):
+        for part in self.pretokenizer.split_added(text, allow_special):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                for word in self._pretokenizer.words(part):
+                for word in self.pretokenizer.words(part):
                     ids += self._encode_word(word)
         return ids
 
@@ -236,24 +232,22 @@ class Tokenizer:
 
         For callers that trust a part of a text, such as a chat template but not the messages.
         """
-        return self._pretokenizer.split_added(text, allow_special=True)
+        return self.pretokenizer.split_added(text, allow_special=True)
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self._cache.get(word)
         if ids is None:
-            ids = self._merge(word.encode("utf-8"))
-            if len(word) < LONG_PIECE:
-                if len(self._cache) == MAX_CACHED_PIECES:
+            data = utf8(word)
+            if data in self._whole_words:
+                ids = [self._whole_words[data]]
+            else:
+                known = [id for byte in data if (id := self._byte_ids[byte]) is not None]
+                ids = merge_pairs_fast(known, self._ranks, self._merged)
+            if len(word) <= MAX_CACHED_CHARACTERS:
+                if len(self._cache) >= MAX_CACHED_WORDS:
                     self._cache.clear()
                 self._cache[word] = ids
         return ids
-
-    def _merge(self, word: bytes) -> list[int]:
-        if word in self._whole_words:
-            return [self._whole_words[word]]
-        ids = [id for byte in word if (id := self._byte_ids[byte]) is not None]
-        merge = merge_pairs if len(ids) < LONG_PIECE else merge_pairs_fast
-        return merge(ids, self._ranks, self._merged)
 
     def token_bytes(self, id: int) -> bytes:
         """What a token stands for: often a part of a word, sometimes a part of a character.
@@ -265,68 +259,66 @@ class Tokenizer:
         return self._tokens[id]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD, as a model may produce any."""
-        skipped = self._special_ids if skip_special else ()
+        """The text of ids. A model may produce any bytes: those that are no UTF-8 become U+FFFD."""
+        skipped = self.special_tokens.values() if skip_special else ()
         data = b"".join(self.token_bytes(id) for id in ids if id not in skipped)
         return data.decode("utf-8", errors="replace")
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int, *, family: str = "gpt-2",
               special_tokens: Sequence[str] = ()) -> Tokenizer:
-        """Learn a vocabulary: 256 bytes, then merges, and the special tokens at its end.
+        """Learn a vocabulary: 256 bytes, then merges, then the special tokens.
 
         The merges equal those of `tokenizers`' BpeTrainer, which puts special tokens first. The
-        vocabulary is smaller than vocab_size if the texts have no more pairs to merge.
+        vocabulary stays smaller than vocab_size if the texts have no more pairs to merge.
         """
         num_tokens = vocab_size - len(special_tokens)
         if num_tokens < 256:
-            raise InputError(f"vocab_size {vocab_size} is too small: 256 bytes and "
-                             f"{len(special_tokens)} special tokens need their ids")
+            raise InputError(f"vocab_size is {vocab_size}, must be at least 256 for the bytes and "
+                             f"{len(special_tokens)} for the special tokens")
         cut = Pretokenizer(family).words
         texts = [texts] if isinstance(texts, str) else texts
-        words = Counter(word for text in texts for word in cut(text))
-        tokens, merges = train_bpe(words, num_tokens)
+        tokens, merges = train_bpe(Counter(word for text in texts for word in cut(text)),
+                                   num_tokens)
         added = [AddedToken(len(tokens) + i, text) for i, text in enumerate(special_tokens)]
-        tokens += [token.text.encode("utf-8") for token in added]
+        tokens += [utf8(token.text) for token in added]
         return cls(tokens, merges, Pretokenizer(family, added))
 
-    # Files are read in loading/, which needs this class: hence the imports inside.
+    # The readers of files build on this module, so it cannot import them before it is complete.
 
     @classmethod
     def from_gguf(cls, metadata: dict) -> Tokenizer:
         """The tokenizer of a GGUF file, from its metadata {"tokenizer.ggml.model": "gpt2", ...}."""
         from .loading.tokenizer_files import tokenizer_from_gguf
+
         return tokenizer_from_gguf(metadata)
 
     @classmethod
     def from_tokenizer_json(cls, source: str | Path | dict) -> Tokenizer:
-        """From Hugging Face's tokenizer.json, or what it contains as a dict.
+        """From Hugging Face's tokenizer.json, given as a path or as what it contains.
 
-        Beside a file, tokenizer_config.json is read for the BOS and EOS tokens if it is there.
+        Beside a file, tokenizer_config.json names the BOS and EOS tokens, if it is there.
         """
         from .loading.tokenizer_files import tokenizer_from_json
+
         return tokenizer_from_json(source)
 
 
 class IncrementalDecoder:
     """decode() for streaming: feed(id) returns the text that is certain by now, flush() the rest.
 
-    A character may be spread over several tokens; its text comes with the last of them. The
+    The bytes of a character may come in several tokens; it appears with the last of them. The
     pieces join to exactly decode(ids, skip_special).
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer = tokenizer
+        self._token_bytes = tokenizer.token_bytes
         self._skipped = tokenizer.special_tokens.values() if skip_special else ()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def feed(self, id: int) -> str:
-        if id in self._skipped:
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
+        return "" if id in self._skipped else self._decode(self._token_bytes(id))
 
     def flush(self) -> str:
-        """An unfinished character at the end, as U+FFFD; then the decoder is as new."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        """U+FFFD for a character that stayed unfinished; afterwards the decoder is as new."""
+        return self._decode(b"", final=True)

@@ -248,6 +248,8 @@ def test_a_template_may_refuse_the_messages(sandbox):
     ("{% for %}", "Expected an expression"),
     ("{{ nope.nope }}", "'nope' is undefined"),
     ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ("{{ raise_exception(5) }}", "cannot be used here: 5"),
+    ("{{ raise_exception('x' * 9999) }}", "here: x{500}$"),
     ("{% include '/etc/passwd' %}", "no loader"),
     ("x" * (2**16 + 1), "at most 65536 allowed"),
     ("é" * 2**15 + "x", "at most 65536 allowed"),
@@ -318,13 +320,15 @@ BOMBS = {
     "deep parentheses": "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
     "long sum": "{{ " + "+".join(["x"] * 30000) + " }}",
     "much output": "{% for a in range(99999) %}" + "a" * 50 + "{% endfor %}",
+    "huge complaint": "{{ raise_exception(['a' * 2 * 10**8, 'a' * 2 * 10**8]) }}",
     "words": "{{ lipsum(n=10**6) }}",
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused(sandbox, name):
-    reasons = "processor time|bytes of memory|characters, at most|recursion depth|Range too big"
+    reasons = ("processor time|bytes of memory|MemoryError|characters, at most|recursion depth|"
+               "Range too big")
     with pytest.raises(InputError, match=reasons):
         render(BOMBS[name], [USER], sandbox=sandbox)
 
@@ -394,6 +398,8 @@ def test_bad_messages_are_named(sandbox, messages, words):
 def test_variables_must_be_plain(sandbox):
     with pytest.raises(InputError, match="plain JSON"):
         render(SMOLLM2, [USER], sandbox=sandbox, tools=[object()])
+    with pytest.raises(InputError, match="plain JSON"):
+        encode_chat(BytesTokenizer(), SMOLLM2, [USER], sandbox=sandbox, tools=[object()])
 
 
 class BytesTokenizer:

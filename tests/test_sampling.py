@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as oracle
 
+from minillm import penalties as p
 from minillm import sampling as s
 from minillm.errors import InputError
 from minillm.sampling import SamplingParams
@@ -95,7 +96,7 @@ def test_refusals_that_take_two_fields():
 
 def test_defaults_switch_every_step_off():
     logits = random_logits(0)
-    np.testing.assert_array_equal(s.process_logits_np(logits, SamplingParams(), [1], [2], [3]),
+    np.testing.assert_array_equal(p.process_logits_np(logits, SamplingParams(), [1], [2], [3]),
                                   logits)
     np.testing.assert_array_equal(s.probabilities_np(logits, SamplingParams()),
                                   s.softmax_np(logits))
@@ -142,7 +143,7 @@ def test_a_forbidden_end_stays_forbidden_whatever_the_bias():
 
 def test_repetition_counts_prompt_and_output_the_others_only_output():
     logits = np.array([2.0, 2.0, 2.0, -2.0])
-    process = s.process_logits_np
+    process = p.process_logits_np
     got = process(logits, SamplingParams(repetition_penalty=2), [0, 0, 3], [1, 1], [])
     assert got.tolist() == [1, 1, 2, -4]
     got = process(logits, SamplingParams(frequency_penalty=0.5), [0, 0, 3], [1, 1], [])
@@ -156,14 +157,14 @@ def test_frequency_and_presence_against_a_plain_loop():
     logits, output = random_logits(4, 50), rng.integers(0, 50, 80).tolist()
     expected = [float(x) - 0.3 * output.count(i) - 1.1 * (i in output)
                 for i, x in enumerate(logits)]
-    np.testing.assert_allclose(s.penalize_frequency_np(logits, 0.3, 1.1, output), expected)
+    np.testing.assert_allclose(p.penalize_frequency_np(logits, 0.3, 1.1, output), expected)
 
 
 def test_nothing_to_penalize_yet():
     params = SamplingParams(repetition_penalty=2, frequency_penalty=1)
     logits = random_logits(1, 7)
-    same(s.process_logits_np(logits, params, [], [], []),
-         s.process_logits_torch(torch.from_numpy(logits), params, [], [], []))
+    same(p.process_logits_np(logits, params, [], [], []),
+         p.process_logits_torch(torch.from_numpy(logits), params, [], [], []))
 
 
 def test_ties():
@@ -357,7 +358,7 @@ def test_repetition_penalty_is_transformers():
     for penalty in (0.5, 1.3):
         processor = oracle.RepetitionPenaltyLogitsProcessor(penalty)
         expected = processor(torch.from_numpy(ids)[None], torch.from_numpy(logits).double()[None])
-        got = s.penalize_repetition_np(logits, penalty, ids.tolist())
+        got = p.penalize_repetition_np(logits, penalty, ids.tolist())
         np.testing.assert_allclose(got, expected[0].numpy(), rtol=1e-12)
 
 
@@ -370,7 +371,7 @@ def test_the_whole_distribution_is_transformers():
                    oracle.TemperatureLogitsWarper(0.7), oracle.MinPLogitsWarper(0.01),
                    oracle.TopKLogitsWarper(50), oracle.TopPLogitsWarper(0.8)):
         scores = warper(torch.tensor([ids]), scores)
-    got = s.probabilities_np(s.process_logits_np(logits, params, ids[:2], ids[2:], []), params)
+    got = s.probabilities_np(p.process_logits_np(logits, params, ids[:2], ids[2:], []), params)
     np.testing.assert_allclose(got, torch.softmax(scores[0], -1).numpy(), rtol=1e-12)
 
 
@@ -403,8 +404,8 @@ def test_twins_keep_the_same_tokens_and_draw_the_same_one(device, logits, params
     stop = data.draw(st.lists(st.integers(1, len(logits) - 1), max_size=1))
     x_np = np.array(logits, np.float32)
     x_torch = torch.from_numpy(x_np).to(device)
-    processed_np = s.process_logits_np(x_np, params, prompt, output, stop)
-    processed_torch = s.process_logits_torch(x_torch, params, prompt, output, stop)
+    processed_np = p.process_logits_np(x_np, params, prompt, output, stop)
+    processed_torch = p.process_logits_torch(x_torch, params, prompt, output, stop)
     same(processed_np, processed_torch)
     token = s.sample_np(x_np, params, u, prompt, output, stop)
     assert s.sample_torch(x_torch, params, u, prompt, output, stop) == token
