@@ -29,10 +29,14 @@ def prefill(runner, token_ids, cache, chunk_size=PREFILL_CHUNK):
     return logits[0]
 
 
-def decode(runner, logits, cache, request, rng):
-    """Sample, feed back, sample; yields (token, the logits [V] it was drawn from), without end."""
+def decode(runner, logits, cache, request, rng, vocab_size):
+    """Sample, feed back, sample; yields (token, the logits it was drawn from), without end.
+
+    vocab_size: the tokenizer's. Some models pad V to a round number; no text has those tokens.
+    """
     output_token_ids = []
     while True:
+        logits = logits[:vocab_size]
         token = runner.sample(logits, request.params, rng.random(), request.prompt_token_ids,
                               output_token_ids, request.stop_token_ids)
         output_token_ids.append(token)
@@ -55,7 +59,8 @@ def generate(runner, tokenizer, request, cache):
         writer = CompletionWriter(completion, tokenizer, request, cache.capacity)
         token_times_s = []
         try:
-            for token, logits in decode(runner, prompt_logits, cache, request, rng):
+            for token, logits in decode(runner, prompt_logits, cache, request, rng,
+                                        tokenizer.vocab_size):
                 token_times_s.append(time.perf_counter())
                 if request.params.logprobs is not None:
                     completion.logprobs.append(

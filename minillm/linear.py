@@ -39,6 +39,22 @@ class Dense:
         return self.weight[ids]
 
 
+class PackedDense:
+    """A bfloat16 matrix on a CPU, kept in the block order in which oneDNN's kernel reads it.
+
+    Given the matrix row by row, the library reorders all of it at every product, and for one token
+    that costs more than the product. A packed matrix cannot be read back: no rows, no transpose.
+    """
+
+    def __init__(self, dense):
+        num_tokens = 1  # the product to arrange it for; others work too
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(dense.weight, num_tokens)
+        self.bias = dense.bias
+
+    def matmul_torch(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
 def linear_np(x, weight):
     """x·Wᵀ + b.   x: [N, in], weight: [out, in]  ->  [N, out].   Cost: 2·N·in·out FLOPs."""
     y = weight.matmul_np(x)

@@ -46,6 +46,16 @@ class Weights:
     lm_head: Dense  # [V, C]; the same object as embed_tokens where they are tied
     inv_freq: np.ndarray | torch.Tensor  # [D/2], float64: an angle can be thousands of radians
 
+    def replace_layer_matrices(self, replacement):
+        """Put replacement(matrix) where each matrix of each layer is, one after the other.
+
+        The embedding, whose rows are looked up, and the head, often the same matrix, stay.
+        """
+        for layer in self.layers:
+            for name, value in vars(layer).items():
+                if isinstance(value, Dense):
+                    setattr(layer, name, replacement(value))
+
 
 def forward_np(weights, tokens, positions, cache, rows=None):
     """One pass through the transformer.

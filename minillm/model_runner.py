@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import InputError
 from .kv_cache import KVCache, KVCacheTorch
+from .linear import PackedDense
 from .loading.weights import load_weights
 from .model import forward_np, forward_torch
 from .sampling import sample_np, sample_torch, top_logprobs_np, top_logprobs_torch
@@ -69,6 +70,8 @@ class TorchRunner:
         self.dtype = str(self.torch_dtype).removeprefix("torch.")
         self.weights = load_weights(checkpoint, self._convert)
         self.weights.inv_freq = torch.from_numpy(self.weights.inv_freq).to(self.torch_device)
+        if self.dtype == "bfloat16" and self.device == "cpu" and has_onednn_bfloat16():
+            self.weights.replace_layer_matrices(PackedDense)
 
     def _convert(self, array):
         # A memory-mapped array is read-only, and torch wants to be told that nobody will write.
@@ -112,10 +115,14 @@ def choose_device(device):
 def choose_dtype(dtype, device):
     """"auto" is bfloat16 wherever the hardware multiplies it, and float32 elsewhere."""
     if dtype == "auto":
-        mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        fast = device.type == "cuda" or (mkldnn and mkldnn._is_mkldnn_bf16_supported())
+        fast = device.type == "cuda" or has_onednn_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
         raise InputError(f"dtype {dtype!r} is unknown: choose 'auto' or one of {', '.join(known)}")
     return known[dtype]
+
+
+def has_onednn_bfloat16():
+    """True if PyTorch's CPU library, oneDNN, is there and this CPU can run its bfloat16 kernels."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,10 +1,7 @@
 r"""How does text become the integers that a model reads, and back?  Byte-level BPE.
 
-Start from the 256 bytes, so that any text can be written. *Train*: join the most frequent pair
-of neighbouring tokens into a new token, and again, until the vocabulary is full; the order in
-which pairs were joined, the merges, is all that training learns. *Encode*: replay the merges on
-new text, the earliest learned first. *Decode*: put the bytes of the tokens side by side.
-(Sennrich et al. 2016, algorithm 1; over bytes instead of characters: GPT-2, Radford et al. 2019)
+*Encode*: cut the text into words (`pretokenizer.py`), and each word's bytes into tokens
+(`bpe.py`). *Decode*: put the bytes of the tokens side by side.
 
     >>> tokenizer = Tokenizer.train("low low low lower lowest", vocab_size=256 + 4)
     >>> [tokenizer.token_bytes(id) for id in range(256, 260)]          # what it learned, in order
@@ -15,160 +12,22 @@ new text, the earliest learned first. *Decode*: put the bytes of the tokens side
     >>> tokenizer.decode(ids)
     'low lowered'
 
-Chapter 02_tokenizer tells the story, and `pretokenizer.py` the part before it: pairs merge only
-inside a word. Left out on purpose: unigram and WordPiece models, BPE over characters, dropout.
+Chapter 02_tokenizer tells the story.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from heapq import heapify, heappop, heappush
-from itertools import pairwise
-from math import inf
 from pathlib import Path
 
+from .bpe import Pair, bpe_encode_fast, bpe_train
 from .errors import InputError
 from .pretokenizer import AddedToken, Pretokenizer, utf8
 
-# Single bytes get their ids in GPT-2's order: first those that print as a visible character.
-PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTES_IN_ORDER = [*PRINTABLE_BYTES, *sorted({*range(256)} - {*PRINTABLE_BYTES})]
-
 MAX_CACHED_WORDS = 65_536
 MAX_CACHED_CHARACTERS = 64  # of one word
-
-Pair = tuple[int, int]
-
-
-# ---- train -----------------------------------------------------------------------------------
-
-
-def join(ids: Sequence[int], pair: Pair, joined: int) -> list[int]:
-    """Replace every occurrence of a pair, from left to right.
-
-    >>> join([1, 1, 1, 2], (1, 1), 3)
-    [3, 1, 2]
-    """
-    out = []
-    i = 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            out.append(joined)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
-    return out
-
-
-def train_bpe(words: Counter[str], num_tokens: int) -> tuple[list[bytes], list[Pair]]:
-    """Learn merges from words and how often each occurs, until there are num_tokens tokens.
-
-    Among equally frequent pairs the one with the smaller ids goes first. Fewer tokens come out if
-    every word is a single token before that. A merge costs the words that contain its pair, not
-    the whole text: the counts are kept up to date instead of counted again.
-
-    >>> tokens, merges = train_bpe(Counter({"aab": 3, "ab": 2}), num_tokens=258)
-    >>> tokens[256:], [(tokens[left], tokens[right]) for left, right in merges]
-    ([b'ab', b'aab'], [(b'a', b'b'), (b'a', b'ab')])
-    """
-    tokens = [bytes([byte]) for byte in BYTES_IN_ORDER]
-    id_of = {token: id for id, token in enumerate(tokens)}
-    spellings = [[BYTES_IN_ORDER.index(byte) for byte in word.encode()] for word in words]
-    occurrences = list(words.values())
-
-    pair_counts: Counter[Pair] = Counter()
-    words_with: defaultdict[Pair, set[int]] = defaultdict(set)
-    for word, ids in enumerate(spellings):
-        for pair in pairwise(ids):
-            pair_counts[pair] += occurrences[word]
-            words_with[pair].add(word)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapify(heap)
-
-    merges = []
-    while len(tokens) < num_tokens and heap:
-        negative_count, pair = heappop(heap)
-        if pair_counts[pair] != -negative_count:
-            continue  # outdated: the count has changed since, and was pushed again when it did
-        merges.append(pair)
-        token = tokens[pair[0]] + tokens[pair[1]]
-        if token not in id_of:  # it may be there: a·bc and ab·c both spell abc
-            id_of[token] = len(tokens)
-            tokens.append(token)
-
-        changes: Counter[Pair] = Counter()
-        for word in words_with.pop(pair):
-            for old in pairwise(spellings[word]):
-                changes[old] -= occurrences[word]
-            spellings[word] = join(spellings[word], pair, id_of[token])
-            for new in pairwise(spellings[word]):
-                changes[new] += occurrences[word]
-                words_with[new].add(word)
-        for changed, change in changes.items():
-            pair_counts[changed] += change
-            if change and pair_counts[changed]:
-                heappush(heap, (-pair_counts[changed], changed))
-    return tokens, merges
-
-
-# ---- encode one word -------------------------------------------------------------------------
-
-
-def merge_pairs(ids: Sequence[int], ranks: dict[Pair, int], merged: Sequence[int]) -> list[int]:
-    """BPE itself: join the pair that was learned first, until no neighbours are a known pair.
-
-    ranks[a, b] says how early the pair was learned, merged[rank] is the token it became.
-
-    >>> merge_pairs([0, 1, 0, 1, 2], ranks={(0, 1): 0, (3, 2): 1}, merged=[3, 4])
-    [3, 4]
-    """
-    ids = list(ids)
-    while len(ids) > 1:
-        pairs = list(pairwise(ids))
-        earliest = min(pairs, key=lambda pair: ranks.get(pair, inf))
-        if earliest not in ranks:
-            break
-        i = pairs.index(earliest)
-        ids[i : i + 2] = [merged[ranks[earliest]]]
-    return ids
-
-
-def merge_pairs_fast(ids: Sequence[int], ranks: dict[Pair, int],
-                     merged: Sequence[int]) -> list[int]:
-    """Same contract as merge_pairs, in O(n log n) instead of O(n²).
-
-    merge_pairs looks at all n pairs again before each of its merges, although a merge changes
-    only the pair on its left and the pair on its right. Here a heap keeps the pairs by (rank,
-    position), and links to the neighbours let two tokens join without moving the others.
-    """
-    n = len(ids)
-    gone = -1  # stands where a token was joined to its left neighbour; it is in no known pair,
-    ids = [*ids, gone]  # and one at the end closes the list to a ring
-    left = [n, *range(n)]
-    right = [*range(1, n + 1), 0]
-
-    # The number rank * n + i sorts as (rank, i) does, and is compared faster.
-    heap = [ranks[pair] * n + i for i, pair in enumerate(pairwise(ids)) if pair in ranks]
-    heapify(heap)
-    while heap:
-        rank, i = divmod(heappop(heap), n)
-        j = right[i]
-        if ranks.get((ids[i], ids[j])) != rank:
-            continue  # outdated: one of the two was joined to something else meanwhile
-        ids[i], ids[j] = merged[rank], gone
-        right[i] = right[j]
-        left[right[j]] = i
-        for start in (left[i], i):
-            new_rank = ranks.get((ids[start], ids[right[start]]))
-            if new_rank is not None:
-                heappush(heap, new_rank * n + start)
-    return [id for id in ids if id != gone]
-
-
-# ---- the tokenizer ---------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -216,6 +75,7 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of a text. "<|im_end|>" in it is plain text, unless allow_special is set.
 
+        Added tokens that are not special are recognised in any case, as in `tokenizers`.
         Raises InputError for half of a surrogate pair, which is no text.
         """
         ids: list[int] = []
@@ -242,7 +102,7 @@ class Tokenizer:
                 ids = [self._whole_words[data]]
             else:
                 known = [id for byte in data if (id := self._byte_ids[byte]) is not None]
-                ids = merge_pairs_fast(known, self._ranks, self._merged)
+                ids = bpe_encode_fast(known, self._ranks, self._merged)
             if len(word) <= MAX_CACHED_CHARACTERS:
                 if len(self._cache) >= MAX_CACHED_WORDS:
                     self._cache.clear()
@@ -260,7 +120,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of ids. A model may produce any bytes: those that are no UTF-8 become U+FFFD."""
-        skipped = self.special_tokens.values() if skip_special else ()
+        skipped = frozenset(self.special_tokens.values() if skip_special else ())
         data = b"".join(self.token_bytes(id) for id in ids if id not in skipped)
         return data.decode("utf-8", errors="replace")
 
@@ -278,7 +138,7 @@ class Tokenizer:
                              f"{len(special_tokens)} for the special tokens")
         cut = Pretokenizer(family).words
         texts = [texts] if isinstance(texts, str) else texts
-        tokens, merges = train_bpe(Counter(word for text in texts for word in cut(text)),
+        tokens, merges = bpe_train(Counter(word for text in texts for word in cut(text)),
                                    num_tokens)
         added = [AddedToken(len(tokens) + i, text) for i, text in enumerate(special_tokens)]
         tokens += [utf8(token.text) for token in added]
@@ -313,7 +173,7 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._token_bytes = tokenizer.token_bytes
-        self._skipped = tokenizer.special_tokens.values() if skip_special else ()
+        self._skipped = frozenset(tokenizer.special_tokens.values() if skip_special else ())
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def feed(self, id: int) -> str:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..bpe import BYTES_IN_ORDER, PRINTABLE_BYTES, Pair
 from ..errors import InputError
 from ..pretokenizer import FAMILIES, AddedToken, Pretokenizer, utf8
-from ..tokenizer import BYTES_IN_ORDER, PRINTABLE_BYTES, Pair, Tokenizer
+from ..tokenizer import Tokenizer
 
 # Bytes that print stand for themselves, the others for U+0100 and up, in order.
 BYTE_OF = {chr(byte) if i < len(PRINTABLE_BYTES) else chr(256 + i - len(PRINTABLE_BYTES)): byte
@@ -62,7 +63,7 @@ def _checked(value, name: str, kind: type, of: type | None = None):
 
 def _short(value) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 # ---- GGUF ------------------------------------------------------------------------------------
@@ -147,23 +148,24 @@ def tokenizer_from_json(source: str | Path | dict) -> Tokenizer:
 
 def _read_json(path: Path) -> dict:
     try:
-        return _checked(json.loads(path.read_bytes()), str(path), dict)
+        data = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+    return _checked(data, str(path), dict)
 
 
 def _build(data: dict, config: dict) -> Tokenizer:
     model = _checked(data.get("model"), "model", dict)
     id_of = _checked(model.get("vocab"), "model.vocab", dict, of=int)
     _refuse_other_models(model, id_of)
-    if _steps(data.get("decoder"), "decoder", "decoders") not in ([], ["ByteLevel"]):
-        pass
-    entries = _checked(data.get("added_tokens") or [], "added_tokens", list, of=dict)
+    if any(step.get("type") != "ByteLevel" for step in _steps(data, "decoder", "decoders")):
+        raise InputError(f"decoder {_short(data['decoder'])} is not supported; only ByteLevel is")
+    entries = _checked(data.get("added_tokens", []), "added_tokens", list, of=dict)
     added = [_added_token(entry) for entry in entries]
     all_ids = {token.text: token.id for token in added} | id_of
-    template_bos = _template_bos(data.get("post_processor"))
+    template_bos = _template_bos(data)
     named_bos = _named_token("bos_token", config, all_ids)
     if None not in (template_bos, named_bos) and template_bos != named_bos:
         raise InputError(f"post_processor begins a text with token {template_bos}, but bos_token "
@@ -171,9 +173,119 @@ def _build(data: dict, config: dict) -> Tokenizer:
     return Tokenizer(
         _json_tokens(id_of, added),
         _read_merges(_checked(model.get("merges"), "model.merges", list), id_of),
-        Pretokenizer(_family(data.get("pre_tokenizer")), added, _is_nfc(data.get("normalizer"))),
+        Pretokenizer(_family(data), added, nfc=_is_nfc(data)),
         ignore_merges=_checked(model.get("ignore_merges", False), "model.ignore_merges", bool),
         bos_token_id=named_bos if template_bos is None else template_bos,
         eos_token_id=_named_token("eos_token", config, all_ids),
         add_bos_token=template_bos is not None,
     )
+
+
+def _refuse_other_models(model: dict, id_of: dict[str, int]) -> None:
+    harmless = {"type": (None, "BPE"), "dropout": (None, 0), "byte_fallback": (None, False),
+                "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
+    if not BYTE_OF.keys() <= id_of.keys():
+        harmless["unk_token"] = (None,)  # it would stand for the bytes that no token spells
+    for key, values in harmless.items():
+        if model.get(key) not in values:
+            raise InputError(f"model.{key} is {_short(model[key])}; supported is only {values[-1]}")
+
+
+def _added_token(entry: dict) -> AddedToken:
+    text = _checked(entry.get("content"), "content of an added token", str)
+    for flag in ("single_word", "lstrip", "rstrip"):
+        if entry.get(flag):
+            raise InputError(f"added token {_short(text)} sets {flag}, which is not supported")
+    return AddedToken(_checked(entry.get("id"), f"id of added token {_short(text)}", int), text,
+                      special=bool(entry.get("special")), normalized=bool(entry.get("normalized")))
+
+
+def _json_tokens(id_of: dict[str, int], added: list[AddedToken]) -> list[bytes]:
+    """The bytes of every id. Ids must run from 0 to the last without a gap."""
+    added_texts = {token.text for token in added}
+    entries = [(text, id, text not in added_texts or BYTE_OF.keys() >= set(text))
+               for text, id in id_of.items()]
+    entries += [(token.text, token.id, False) for token in added
+                if id_of.get(token.text) != token.id]
+    tokens: list[bytes | None] = [None] * len(entries)
+    for text, id, is_spelled in entries:
+        if not 0 <= id < len(tokens):
+            raise InputError(f"token {_short(text)} has id {id}; the {len(tokens)} tokens must "
+                             f"have the ids 0 to {len(tokens) - 1}")
+        if tokens[id] is not None:
+            raise InputError(f"token {_short(text)} has id {id}, and so has {tokens[id]!r}")
+        tokens[id] = unspell(text) if is_spelled else utf8(text)
+    return tokens
+
+
+def _named_token(key: str, config: dict, ids: dict[str, int]) -> int | None:
+    """The id of a token that tokenizer_config.json names, as a string or an object."""
+    name = config.get(key)
+    if isinstance(name, dict):
+        name = name.get("content")
+    if name is None:
+        return None
+    if _checked(name, f"{key} in tokenizer_config.json", str) not in ids:
+        raise InputError(f"{key} in tokenizer_config.json is {_short(name)}, which is no token")
+    return ids[name]
+
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+# How files write each family. ByteLevel by itself cuts with GPT-2's pattern.
+_FAMILY_STEPS = {
+    "gpt-2": [_BYTE_LEVEL],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    **{family: [{"type": "Split", "pattern": {"Regex": FAMILIES[family]}, "behavior": "Isolated",
+                 "invert": False}, {**_BYTE_LEVEL, "use_regex": False}]
+       for family in ("llama-bpe", "qwen2")},
+}
+
+
+def _family(data: dict) -> str:
+    steps = []
+    for step in _steps(data, "pre_tokenizer", "pretokenizers"):
+        is_byte_level = step.get("type") == "ByteLevel"
+        default = {"use_regex": True} if is_byte_level else {}
+        steps.append({key: value for key, value in (default | step).items()
+                      if key != "trim_offsets"})  # which moves offsets into the text, not ids
+    for family, known_steps in _FAMILY_STEPS.items():
+        if steps == known_steps:
+            return family
+    raise InputError(f"pre_tokenizer {_short(data.get('pre_tokenizer'))} is not supported; "
+                     f"supported are those of {', '.join(FAMILIES)}")
+
+
+def _is_nfc(data: dict) -> bool:
+    steps = _steps(data, "normalizer", "normalizers")
+    if any(step != {"type": "NFC"} for step in steps):
+        raise InputError(f"normalizer {_short(data['normalizer'])} is not supported; only NFC is")
+    return bool(steps)
+
+
+def _template_bos(data: dict) -> int | None:
+    """The token that the post-processor puts before a text; nothing else may it add."""
+    bos = None
+    for step in _steps(data, "post_processor", "processors"):
+        match step:
+            case {"type": "ByteLevel"}:
+                continue  # it moves offsets into the text, not ids
+            case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}:
+                continue
+            case {"type": "TemplateProcessing", "special_tokens": dict(templates),
+                  "single": [{"SpecialToken": {"id": str(name)}}, {"Sequence": {"id": "A"}}]}:
+                match templates.get(name):
+                    case {"ids": [int(bos)]}:
+                        continue
+        raise InputError(f"post_processor {_short(step)} is not supported; only a "
+                         "TemplateProcessing that puts one token before the text is")
+    return bos
+
+
+def _steps(data: dict, key: str, members: str) -> list[dict]:
+    """What stands under a key: nothing, one step, or a Sequence of steps."""
+    step = data.get(key)
+    if step is None:
+        return []
+    if _checked(step, key, dict).get("type") != "Sequence":
+        return [step]
+    return _checked(step.get(members), f"{key}.{members}", list, of=dict)
