@@ -10,7 +10,7 @@ READY := .venv/.ready
 
 demo: weights
 	$(BIN)/python -m minillm generate --chat --temperature 0 --max-tokens 96 --stats \
-		"Why is the sky blue? Answer in two sentences."
+		"Explain in two sentences why the sky is blue."
 
 test: weights
 	$(BIN)/ruff check minillm tests

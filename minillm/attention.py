@@ -17,9 +17,12 @@ import math
 import lazy_loader as lazy
 import numpy as np
 
+from .exercise import exercise
+
 torch = lazy.load("torch")
 
 
+@exercise("04_attention")
 def attention_np(q, k, v):
     """Scaled dot-product attention with grouped heads and a causal mask.
 
@@ -29,9 +32,9 @@ def attention_np(q, k, v):
     Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.   Raises ValueError if H is no multiple of K.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
-    check_heads(H, K, T, S)
-    grouped = q.reshape(K, H // K * T, D)
-    scores = grouped @ k.swapaxes(1, 2) / math.sqrt(D)  # [K, H/K·T, S]
+    check_shapes(q, k, v)
+    grouped = q.reshape(K, H // K * T, D) / math.sqrt(D)  # before the sum: float16 overflows
+    scores = grouped @ k.swapaxes(1, 2)  # [K, H/K·T, S]
     visible = np.arange(S) <= np.arange(S - T, S)[:, None]  # [T, S]
     scores = np.where(visible, scores.reshape(K, H // K, T, S), -np.inf)
     probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -43,9 +46,9 @@ def attention_np(q, k, v):
 def attention_torch(q, k, v):
     """Same contract as attention_np."""
     (H, T, D), (K, S, _) = q.shape, k.shape
-    check_heads(H, K, T, S)
-    grouped = q.reshape(K, H // K * T, D)
-    scores = grouped @ k.swapaxes(1, 2) / math.sqrt(D)
+    check_shapes(q, k, v)
+    grouped = q.reshape(K, H // K * T, D) / math.sqrt(D)
+    scores = grouped @ k.swapaxes(1, 2)
     visible = torch.arange(S, device=q.device) <= torch.arange(S - T, S, device=q.device)[:, None]
     scores = torch.where(visible, scores.reshape(K, H // K, T, S), -math.inf)
     probs = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
@@ -54,6 +57,7 @@ def attention_torch(q, k, v):
     return out.reshape(H, T, D)
 
 
+@exercise("04_attention")
 def online_softmax_attention_np(q, k, v, block_size=256):
     """attention_np without the score matrix: one block of keys at a time.
 
@@ -64,7 +68,7 @@ def online_softmax_attention_np(q, k, v, block_size=256):
     Same shapes and result as attention_np; H·T·block_size scores in memory instead of H·T·S.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
-    check_heads(H, K, T, S)
+    check_shapes(q, k, v)
     grouped = q.reshape(K, H // K * T, D) / math.sqrt(D)
     position = np.tile(np.arange(S - T, S), H // K)[:, None]  # [H/K·T, 1], of each query row
     largest = np.full((K, H // K * T, 1), -np.inf, dtype=q.dtype)
@@ -88,7 +92,7 @@ def online_softmax_attention_np(q, k, v, block_size=256):
 def online_softmax_attention_torch(q, k, v, block_size=256):
     """Same contract as online_softmax_attention_np."""
     (H, T, D), (K, S, _) = q.shape, k.shape
-    check_heads(H, K, T, S)
+    check_shapes(q, k, v)
     grouped = q.reshape(K, H // K * T, D) / math.sqrt(D)
     position = torch.arange(S - T, S, device=q.device).repeat(H // K)[:, None]
     largest = torch.full((K, H // K * T, 1), -math.inf, dtype=q.dtype, device=q.device)
@@ -115,7 +119,7 @@ def attention_sdpa(q, k, v):
     left to itself, the kernel would copy every key H/K times first.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
-    check_heads(H, K, T, S)
+    check_shapes(q, k, v)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     if T == 1:
         return sdpa(q.reshape(1, K, H // K, D), k[None], v[None]).reshape(H, T, D)
@@ -126,8 +130,13 @@ def attention_sdpa(q, k, v):
     return sdpa(q[None], k[None], v[None], attn_mask=visible, enable_gqa=True)[0]
 
 
-def check_heads(H, K, T, S):
+def check_shapes(q, k, v):
+    """Broadcasting would make an answer of some wrong shapes."""
+    (H, T, D), (K, S, _) = q.shape, k.shape
     if H % K:
         raise ValueError(f"{H} query heads cannot share {K} key/value heads: {H} % {K} is not 0")
     if T > S:
         raise ValueError(f"{T} queries are the last of only {S} positions: T must be at most S")
+    if k.shape != v.shape or D != k.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be "
+                         "[H, T, D], [K, S, D] and [K, S, D]")

@@ -19,6 +19,8 @@ from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from math import inf
 
+from .exercise import exercise
+
 # Single bytes get their ids in GPT-2's order: first those that print as a visible character.
 PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES_IN_ORDER = [*PRINTABLE_BYTES, *sorted({*range(256)} - {*PRINTABLE_BYTES})]
@@ -44,6 +46,7 @@ def join(ids: Sequence[int], pair: Pair, joined: int) -> list[int]:
     return out
 
 
+@exercise("02_tokenizer")
 def bpe_train(words: Counter[str], num_tokens: int) -> tuple[list[bytes], list[Pair]]:
     """Learn merges from words and how often each occurs, until there are num_tokens tokens.
 
@@ -95,6 +98,7 @@ def bpe_train(words: Counter[str], num_tokens: int) -> tuple[list[bytes], list[P
     return tokens, merges
 
 
+@exercise("02_tokenizer")
 def bpe_encode(ids: Sequence[int], ranks: dict[Pair, int], merged: Sequence[int]) -> list[int]:
     """BPE itself: join the pair that was learned first, until no neighbours are a known pair.
 

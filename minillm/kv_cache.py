@@ -14,6 +14,7 @@ import lazy_loader as lazy
 import numpy as np
 
 from .attention import attention_np, attention_sdpa, online_softmax_attention_np
+from .exercise import exercise
 
 torch = lazy.load("torch")
 
@@ -21,6 +22,7 @@ torch = lazy.load("torch")
 MAX_PLAIN_SCORES = 2**18
 
 
+@exercise("07_kv_cache")
 class KVCache:
     """The keys and values of one sequence, contiguous and preallocated (NumPy).
 
@@ -47,6 +49,8 @@ class KVCache:
         """
         start = self.lengths[layer]
         end = start + k.shape[0]
+        if k.shape != v.shape:
+            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit in a cache with a capacity of "
                              f"{self.capacity}: allocate a longer one or truncate it")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .exercise import exercise
+
 
 @dataclass(frozen=True)
 class RequestMetrics:
@@ -34,6 +36,7 @@ class RequestMetrics:
         return 1000 / self.tpot_ms if self.tpot_ms else None
 
 
+@exercise("01_first_token")
 def request_metrics(submitted_s, token_times_s, num_prompt_tokens=0, num_cached_tokens=0):
     """Metrics of one request from its clock: when it was submitted, and when each token came.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import lazy_loader as lazy
 import numpy as np
 
+from .exercise import exercise
 from .linear import linear_np, linear_torch
 
 torch = lazy.load("torch")
@@ -23,6 +24,7 @@ def silu_torch(x):
     return torch.nn.functional.silu(x)
 
 
+@exercise("03_transformer_block", order=3)
 def swiglu_np(x, gate_proj, up_proj, down_proj):
     """(silu(x·Gᵀ) ⊙ x·Uᵀ)·Dᵀ: one projection decides how much of the other passes.
 

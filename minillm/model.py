@@ -13,6 +13,7 @@ import lazy_loader as lazy
 import numpy as np
 
 from .config import ModelConfig
+from .exercise import exercise
 from .linear import Dense, embedding_np, embedding_torch, linear_np, linear_torch
 from .mlp import swiglu_np, swiglu_torch
 from .norm import rms_norm_np, rms_norm_torch
@@ -57,6 +58,7 @@ class Weights:
                     setattr(layer, name, replacement(value))
 
 
+@exercise("05_model")
 def forward_np(weights, tokens, positions, cache, rows=None):
     """One pass through the transformer.
 

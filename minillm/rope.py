@@ -16,6 +16,8 @@ import math
 import lazy_loader as lazy
 import numpy as np
 
+from .exercise import exercise
+
 torch = lazy.load("torch")
 
 
@@ -60,6 +62,7 @@ def rope_angles_torch(positions, inv_freq):
     return torch.cos(angles), torch.sin(angles)
 
 
+@exercise("03_transformer_block", order=2)
 def rope_np(x, cos, sin):
     """Turn every head of every token by the angles of its position.
 

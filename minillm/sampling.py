@@ -21,6 +21,7 @@ import math
 import lazy_loader as lazy
 import numpy as np
 
+from .exercise import exercise
 from .penalties import process_logits_np, process_logits_torch
 from .sampling_params import SamplingParams
 
@@ -40,6 +41,7 @@ def request_rng(seed: int | None, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
 
 
+@exercise("06_sampling", order=4)
 def sample_np(logits, params: SamplingParams, u, prompt_token_ids=(), output_token_ids=(),
               stop_token_ids=()) -> int:
     """The next token of one request.
@@ -101,6 +103,7 @@ def probabilities_torch(logits, params):
     return softmax_torch(logits)
 
 
+@exercise("06_sampling", order=3)
 def min_p_np(logits, min_p):
     """Keeps tokens whose probability is at least min_p times the best one's. (Nguyen et al. 2024)
 
@@ -119,6 +122,7 @@ def min_p_torch(logits, min_p):
     return torch.where(logits < edge, -torch.inf, logits)
 
 
+@exercise("06_sampling", order=1)
 def top_k_np(logits, k):
     """Keeps the k largest logits, and all that equal the k-th. k ≥ 1. (Fan et al. 2018)
 
@@ -139,6 +143,7 @@ def top_k_torch(logits, k):
     return torch.where(logits < edge, -torch.inf, logits)
 
 
+@exercise("06_sampling", order=2)
 def top_p_np(logits, top_p):
     """Keeps the nucleus: the fewest tokens whose probabilities reach top_p in sum, and at least
     one. Of equal tokens the lower ids stay, as in argmax. (Holtzman et al. 2020, §3.1)

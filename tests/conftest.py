@@ -6,7 +6,8 @@ import torch
 from minillm import LLM
 from minillm.loading.registry import resolve
 
-torch.set_num_threads(2)
+# Tests use small tensors: two threads would wait for each other longer than they compute.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

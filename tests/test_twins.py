@@ -9,8 +9,10 @@ import minillm
 
 PACKAGE = Path(minillm.__file__).parent
 
-# (file, function): why its twin does not assign the same names.
-EXEMPT = {}
+# (file, function): why it has no twin.
+ALONE = {
+    ("linear.py", "PackedDense.matmul_torch"): "oneDNN's layout, a faster Dense.matmul_torch",
+}
 
 
 def functions(path):
@@ -33,7 +35,7 @@ def pairs():
         found = functions(path)
         for name in found:
             stem, _, ending = name.rpartition("_")
-            if ending in ("np", "torch"):
+            if ending in ("np", "torch") and (path.name, name) not in ALONE:
                 yield pytest.param(path, f"{stem}_np", f"{stem}_torch", id=f"{path.stem}:{name}")
 
 
@@ -46,7 +48,7 @@ def used_names(function):
     return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
 
 
-@pytest.mark.parametrize("path, name_np, name_torch", pairs())
+@pytest.mark.parametrize("path, name_np, name_torch", list(pairs()))
 def test_twins_read_alike(path, name_np, name_torch):
     found = functions(path)
     assert name_np in found and name_torch in found, "a twin is missing"
@@ -54,11 +56,12 @@ def test_twins_read_alike(path, name_np, name_torch):
     assert names.index(name_torch) == names.index(name_np) + 1, "torch stands right below NumPy"
     twin_np, twin_torch = found[name_np], found[name_torch]
     assert ast.dump(twin_np.args) == ast.dump(twin_torch.args), "the parameters differ"
-    if (path.name, name_np) not in EXEMPT:
-        assert assigned_names(twin_np) == assigned_names(twin_torch), "the steps differ"
+    assert assigned_names(twin_np) == assigned_names(twin_torch), "the steps differ"
     assert "torch" not in used_names(twin_np), "torch in the NumPy twin"
     assert "np" not in used_names(twin_torch), "NumPy in the torch twin"
 
 
 def test_the_rule_has_something_to_hold():
     assert len(list(pairs())) >= 30
+    names = {(path.name, name) for path in PACKAGE.rglob("*.py") for name in functions(path)}
+    assert names.issuperset(ALONE), "an exemption for a function that is gone"

@@ -1,0 +1,96 @@
+"""Benchmarks run, in small, and what is published is what was measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillm import InputError
+from minillm.bench import CHAPTERS, draw, run_benchmark
+from minillm.bench.machine import describe_machine
+
+REPOSITORY = CHAPTERS.parent
+
+
+@pytest.fixture(scope="module")
+def fast_peers(tmp_path_factory, model_path):
+    """The files of a shrunken run of `bench peers`."""
+    folder = tmp_path_factory.mktemp("peers")
+    command = [sys.executable, "-m", "minillm", "bench", "peers", "--out", str(folder)]
+    subprocess.run(command, check=True, env=os.environ | {"MINILLM_FAST": "1"}, cwd=REPOSITORY,
+                   capture_output=True)
+    return folder
+
+
+def test_peers_records_every_sample(fast_peers):
+    result = json.loads((fast_peers / "peers.json").read_text())
+    contestants = list(result["dtypes"])
+    assert [(sample["contestant"], sample["round"]) for sample in result["samples"]] == [
+        (name, number) for number in range(2) for name in contestants], "turns are interleaved"
+    for sample in result["samples"]:
+        times_s = sample["token_times_s"]
+        assert len(times_s) == 4 and sorted(times_s) == times_s and times_s[0] > 0
+    assert result["machine"]["versions"]["transformers"]
+    assert result["arguments"]["fast"] is True
+
+
+def test_engines_in_float32_give_the_same_tokens(fast_peers):
+    answers = json.loads((fast_peers / "peers.json").read_text())["answers"]
+    assert (answers["minillm NumPy fp32"] == answers["minillm torch fp32"]
+            == answers["transformers fp32"])
+
+
+def test_the_figure_is_drawn(fast_peers):
+    assert (fast_peers / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_table_is_drawn_from_the_published_samples():
+    result = json.loads((CHAPTERS / "peers" / "results" / "peers.json").read_text())
+    assert result["arguments"]["fast"] is False
+    table = draw.peers_table(result)
+    for path in (REPOSITORY / "README.md", CHAPTERS / "peers" / "README.md"):
+        content = path.read_text(encoding="utf-8")
+        assert draw.with_markers_filled(content, "peers", table) == content, path
+
+
+def test_ratios_are_taken_within_a_round():
+    """A round in which everything is ten times slower leaves the ratio as it was."""
+    def sample(name, number, tpot_s):
+        return {"contestant": name, "round": number, "prefill_s": 10 * tpot_s,
+                "token_times_s": [tpot_s, 2 * tpot_s]}
+
+    result = {
+        "arguments": {"prefill_tokens": 10, "rounds": 3, "decode_prompt_tokens": 2,
+                      "decode_tokens": 2},
+        "machine": {"cores": 2, "cpu": "x", "versions": {"torch": "1", "transformers": "2"},
+                    "date": "today"},
+        "limits": {"layer_params": 10, "head_params": 5, "read_bytes_per_s": 1e3,
+                   "flops_per_s": {"float32": 1e3, "bfloat16": 1e3}},
+        "dtypes": {"ours": "float32", "transformers fp32": "float32"},
+        "samples": [sample(name, number, slow * tpot_s)
+                    for number, slow in enumerate((1, 10, 100))
+                    for name, tpot_s in (("ours", 0.1), ("transformers fp32", 0.2))],
+    }
+    assert "| ours | 1 (0–10) | 2.00 | 1 (0–10) | 2.00 |" in draw.peers_table(result)
+
+
+@pytest.mark.parametrize("name, fast, words", [
+    ("nonsense", False, "unknown"), ("peers", True, "--out"), ("all", True, "--out")])
+def test_refusals(monkeypatch, name, fast, words):
+    monkeypatch.setenv("MINILLM_FAST", "1" if fast else "0")
+    with pytest.raises(InputError, match=words):
+        run_benchmark(name)
+
+
+def test_markers_must_be_there():
+    with pytest.raises(ValueError, match="bench:x"):
+        draw.with_markers_filled("no markers", "x", "table")
+
+
+def test_describe_machine():
+    machine = describe_machine()
+    assert machine["cores"] >= 1 and machine["memory_bytes"] > 2**30 and machine["cpu"]
+    assert Path(REPOSITORY / ".git").exists() is (machine["commit"] is not None)
