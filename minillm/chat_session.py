@@ -54,12 +54,16 @@ def answer(conversation, text, params):
     except KeyboardInterrupt:
         print(" (broken off)")
     except InputError as error:
-        print(f"({error})", file=sys.stderr)
+        print(f"({error}; /reset forgets the conversation)", file=sys.stderr)
     else:
         metrics = output.metrics
-        speed = f" · {metrics.decode_tokens_per_s:.0f} tokens/s" if metrics.tpot_ms else ""
-        print(f"[{metrics.num_cached_tokens} of {metrics.num_prompt_tokens} prompt tokens cached "
-              f"· TTFT {metrics.ttft_ms:.0f} ms{speed}]", file=sys.stderr)
+        parts = [f"{metrics.num_cached_tokens} of {metrics.num_prompt_tokens} prompt tokens cached",
+                 f"TTFT {metrics.ttft_ms:.0f} ms"]
+        if metrics.tpot_ms:
+            parts.append(f"{metrics.decode_tokens_per_s:.0f} tokens/s")
+        if output.finish_reason == "length":
+            parts.append(f"cut off after {metrics.num_output_tokens} tokens")
+        print(f"[{' · '.join(parts)}]", file=sys.stderr)
 
 
 def print_all(pieces):

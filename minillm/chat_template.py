@@ -105,7 +105,8 @@ class TemplateSandbox:
         self.close()
 
     def __del__(self):
-        self.close()
+        if hasattr(self, "_child"):  # not in a copy that was never set up
+            self.close()
 
 
 def render(template: str, messages: list[dict], *, bos_token: str = "", eos_token: str = "",

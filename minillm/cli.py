@@ -1,4 +1,4 @@
-"""python -m minillm: fetch, generate, chat, bench.
+"""python -m minillm: fetch, generate, chat, bench, grade, course.
 
 A user's mistake costs one line on standard error and exit code 2. With --json, standard output
 holds one JSON object and nothing else.
@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
 
+from . import __version__
+from .course.commands import add_commands as add_course_commands
+from .course.commands import plugged_in
 from .errors import InputError
 from .loading.registry import ENTRIES, fetch
 from .sampling_params import SamplingParams
 
+EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+CHAT_MAX_TOKENS = 512  # an answer in a conversation should end where the model ends it
 
 
 def main(argv=None):
     """Run one command; -> the exit code."""
+    take_any_text()
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        exit_code = args.run(args) or 0
+        print(end="", flush=True)
+        return exit_code
     except InputError as error:
         print(f"minillm {args.command}: {error}", file=sys.stderr)
         return EXIT_USER_MISTAKE
@@ -34,7 +42,18 @@ def main(argv=None):
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a closed output
+        print(f"minillm {args.command}: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     return 0
+
+
+def take_any_text():
+    """No text may end the program: not bytes that are no UTF-8, nor a terminal that knows ASCII."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"),
+                           (sys.stderr, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def run_fetch(args):
@@ -43,18 +62,29 @@ def run_fetch(args):
 
 
 def run_generate(args):
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.backend is None:  # what a student writes first is the NumPy function
+        args.backend = "numpy" if args.impl else "torch"
+    with plugged_in(args.impl, args.backend):
+        answer(args)
+
+
+def answer(args):
+    prompt = read_stdin() if args.prompt == "-" else args.prompt
     params = read_sampling_params(args)
+    if params.logprobs is not None and not args.json:
+        raise InputError("--logprobs belongs to a JSON object: add --json")
+    if not prompt:
+        raise InputError("the prompt is empty: give at least one token")
+    if args.system is not None and not args.chat:
+        raise InputError("--system belongs to a conversation: add --chat")
     llm = open_llm(args)
     if args.chat:
         prompt = [{"role": "user", "content": prompt}]
-        if args.system:
+        if args.system is not None:
             prompt.insert(0, {"role": "system", "content": args.system})
-    elif args.system:
-        raise InputError("--system belongs to a conversation: add --chat")
     if args.json or params.n > 1:
         output = llm.chat(prompt, params) if args.chat else llm.generate([prompt], params)[0]
-        print(json.dumps(describe(llm, output), ensure_ascii=False) if args.json
+        print(json.dumps(describe(llm, output)) if args.json
               else "\n---\n".join(completion.text for completion in output.outputs))
     else:
         stream = llm.stream(prompt, params)
@@ -66,9 +96,20 @@ def run_generate(args):
         print(summary(llm, output), file=sys.stderr)
 
 
+def read_stdin():
+    if sys.stdin is None:
+        raise InputError("there is no standard input to read the prompt from: give it as text")
+    return sys.stdin.read()
+
+
 def run_chat(args):
     from .chat_session import chat_session
 
+    for name in ("n", "logprobs"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} is for generate: a conversation shows one answer as text")
+    if args.max_tokens is None:
+        args.max_tokens = CHAT_MAX_TOKENS
     chat_session(open_llm(args), read_sampling_params(args), args.system)
 
 
@@ -81,7 +122,7 @@ def run_bench(args):
 def open_llm(args):
     from .llm import LLM
 
-    return LLM(args.model, args.backend, args.device, args.dtype, args.quantize)
+    return LLM(args.model, args.backend or "torch", args.device, args.dtype, args.quantize)
 
 
 def describe(llm, output):
@@ -124,6 +165,10 @@ def read_sampling_params(args):
         except ValueError:
             raise InputError(f"--logit-bias takes TOKEN_ID=BIAS such as 15=-2.5, not "
                              f"{' '.join(bias)!r}") from None
+        tokens = [int(token) for token, _, _ in pairs]
+        if len(given["logit_bias"]) < len(tokens):
+            twice = next(token for token in tokens if tokens.count(token) > 1)
+            raise InputError(f"--logit-bias names token {twice} twice, must name it once")
     return SamplingParams(**given)
 
 
@@ -150,11 +195,13 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake costs one line."""
 
     def error(self, message):
-        self.exit(EXIT_USER_MISTAKE, f"{self.prog}: {message}; {self.prog} --help shows all\n")
+        line = f"{self.prog}: {message}; {self.prog} --help shows all"
+        self.exit(EXIT_USER_MISTAKE, line.replace("\n", "\\n") + "\n")
 
 
 def build_parser():
     parser = Parser(prog="minillm", description="LLM inference from scratch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"minillm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, text):
@@ -173,6 +220,8 @@ def build_parser():
     generate_command.add_argument("--json", action="store_true", help="print one JSON object")
     generate_command.add_argument("--stats", action="store_true",
                                   help="print a line of metrics on standard error")
+    generate_command.add_argument("--impl", metavar="FILE",
+                                  help="use your functions in this file; backend numpy by default")
     chat_command = command("chat", run_chat, "a conversation in the terminal")
     for child in (generate_command, chat_command):
         child.add_argument("--system", metavar="TEXT", help="how the model is to behave")
@@ -182,13 +231,14 @@ def build_parser():
     bench_command = command("bench", run_bench, "measure, write JSON, draw the figure")
     bench_command.add_argument("name", metavar="NAME|all")
     bench_command.add_argument("--out", metavar="FOLDER", help="instead of the chapter's results/")
+    add_course_commands(command)
     return parser
 
 
 def add_model_flags(parser):
     parser.add_argument("--model", default="smollm2-135m-instruct", metavar="M",
                         help="a registered name, a .gguf file, a Hugging Face folder or hub id")
-    parser.add_argument("--backend", default="torch", metavar="numpy|torch")
+    parser.add_argument("--backend", metavar="numpy|torch")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     parser.add_argument("--quantize", metavar="Q", help="no format is available yet")

@@ -95,8 +95,7 @@ class CompletionWriter:
         if token in self.end_token_ids and may_stop:
             completion.finish_reason = "stop"
         else:
-            text = self.decoder.feed(token)
-            text = self.stop_strings.feed(text) if may_stop else text
+            text = self.stop_strings.feed(self.decoder.feed(token), may_stop)
             if self.stop_strings.found is not None:
                 completion.finish_reason = "stop"
             elif num_tokens >= self.max_tokens:

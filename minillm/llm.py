@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from tqdm import tqdm
 
 from .chat_template import TemplateSandbox, encode_chat
@@ -37,7 +39,12 @@ class LLM:
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer()
         self.chat_template = checkpoint.chat_template
+        # Some models pad V to a round number; no text has the tokens beyond the tokenizer's.
+        self.vocab_size = min(self.config.vocab_size, self.tokenizer.vocab_size)
         self.stop_token_ids = checkpoint.eos_token_ids
+        if max(self.stop_token_ids, default=0) >= self.vocab_size:
+            raise InputError(f"{self.model} ends answers with token {max(self.stop_token_ids)}, "
+                             f"and has only {self.vocab_size} tokens: get the model again")
         self.runner = make_runner(checkpoint, backend, device, dtype)
         self.template_sandbox = TemplateSandbox()
 
@@ -47,7 +54,9 @@ class LLM:
         prompts: a str, a list of token ids, or a list of either.   params: one SamplingParams for
         all, or one for each.   progress: show a bar on standard error.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        is_text = isinstance(prompts, (str, bytes, dict)) or not hasattr(prompts, "__iter__")
+        prompts = [prompts] if is_text else list(prompts)
+        if prompts and is_integer(prompts[0]):
             prompts = [prompts]
         params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(params) != len(prompts):
@@ -86,13 +95,15 @@ class LLM:
 
         token_ids: T of them  ->  np.ndarray float32 [T, V].
         """
-        self._check_token_ids(token_ids)
+        token_ids = self._check_token_ids(token_ids)
+        if not token_ids:
+            raise InputError("there are no tokens to score, the list is empty: give at least one")
         if len(token_ids) > self.context_len:
             raise InputError(f"{len(token_ids)} tokens do not fit in this model's context of "
                              f"{self.context_len}: score them in pieces")
         cache = self.runner.new_cache(len(token_ids))
         positions = list(range(len(token_ids)))
-        return self.runner.to_numpy(self.runner.forward(list(token_ids), positions, cache))
+        return self.runner.to_numpy(self.runner.forward(token_ids, positions, cache))
 
     @property
     def context_len(self):
@@ -105,7 +116,7 @@ class LLM:
         What looks like a special token in it is text. Token ids are taken as they are.
         """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return self._check_token_ids(prompt)
         starts_with_bos = self.tokenizer.add_bos_token and prompt
         return [self.tokenizer.bos_token_id] * bool(starts_with_bos) + self.tokenizer.encode(prompt)
 
@@ -118,17 +129,25 @@ class LLM:
                            sandbox=self.template_sandbox)
 
     def _check_token_ids(self, token_ids):
-        if not token_ids:
-            raise InputError("the prompt is empty: give at least one token")
+        """Token ids of any library as a list of int."""
+        if isinstance(token_ids, (bytes, dict)) or not hasattr(token_ids, "__iter__"):
+            raise InputError(f"prompt {token_ids!r:.80} must be a str or token ids; messages go to "
+                             "chat or stream")
+        checked = []
         for token in token_ids:
-            if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
-                raise InputError(f"token id {token!r} must be an integer from 0 to "
-                                 f"{self.config.vocab_size - 1}")
+            if not is_integer(token) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+                raise InputError(f"token id {token!r:.80} must be an integer from 0 to "
+                                 f"{self.vocab_size - 1}")
+            checked.append(operator.index(token))
+        return checked
 
     def _request(self, prompt_token_ids, params):
-        params = params or SamplingParams()
-        params.check_vocab(self.config.vocab_size)
-        self._check_token_ids(prompt_token_ids)
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"params {params!r:.80} must be a SamplingParams, or None")
+        params.check_vocab(self.vocab_size)
+        if not prompt_token_ids:
+            raise InputError("the prompt is empty: give at least one token")
         if len(prompt_token_ids) >= self.context_len:
             raise InputError(f"the prompt has {len(prompt_token_ids)} tokens, and this model's "
                              f"context of {self.context_len} must hold it and at least one "
@@ -158,7 +177,16 @@ class Stream:
         self._steps = steps
 
     def __iter__(self):
-        return (piece for _, piece in self._steps if piece)
+        try:
+            for _, piece in self._steps:
+                if piece:
+                    yield piece
+        finally:
+            self.close()  # whoever leaves early gets the metrics of what came
+
+    def close(self):
+        """Break the answer off where it is."""
+        self._steps.close()
 
 
 class Conversation:
@@ -172,26 +200,35 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
         self.cache = llm.runner.new_cache(llm.context_len)
         self.cached_token_ids = []
+        self._stream = None  # the answer on its way
 
     def say(self, text, params=None):
         """Yield the answer to one more user message, piece by piece; returns its RequestOutput.
 
-        Also when it is broken off (an exception, or the caller stops listening) the conversation
-        goes on from what was said until then.
+        Also when it is broken off (an exception, the caller stops listening, or says something
+        else) the conversation goes on from what was said until then.
         """
+        self._settle()
         messages = [*self.messages, {"role": "user", "content": text}]
         request = self.llm._request(self.llm.encode_chat(messages), params)
-        self._keep_common_prefix(request.prompt_token_ids)
         stream = self.llm._stream(request, self.cache)
-        self.messages = messages
+        self._keep_common_prefix(request.prompt_token_ids)
+        self.messages, self._stream = messages, stream
         try:
             yield from stream
         finally:
-            output = request.output
-            self.messages.append({"role": "assistant", "content": output.text})
-            self.cache.truncate(self.cache.length)  # a layer may be ahead if it was interrupted
-            self.cached_token_ids = (output.prompt_token_ids + output.token_ids)[:self.cache.length]
+            if self._stream is stream:
+                self._settle()
         return request.output
+
+    def _settle(self):
+        """End the answer that is on its way, if there is one, and remember what came of it."""
+        if self._stream is None:
+            return
+        self._stream.close()
+        output, self._stream = self._stream.output, None
+        self.messages.append({"role": "assistant", "content": output.text})
+        self.cached_token_ids = (output.prompt_token_ids + output.token_ids)[:self.cache.length]
 
     def _keep_common_prefix(self, token_ids):
         # The last token of a prompt is always computed: its logits are what the answer starts from.
@@ -200,3 +237,8 @@ class Conversation:
         while same < limit and self.cached_token_ids[same] == token_ids[same]:
             same += 1
         self.cache.truncate(same)
+
+
+def is_integer(value):
+    """Also NumPy's, and a tensor that is one number; their arrays have an __index__ as well."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0

@@ -100,10 +100,10 @@ def choose_device(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(device) if isinstance(device, str) else None
     except RuntimeError:
         chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    if chosen is None or not (chosen.type == "cuda" or str(chosen) == "cpu"):
         raise InputError(f"device {device!r} is unknown: choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
     num_gpus = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:

@@ -29,7 +29,8 @@ _LIMITS = {  # name: (type, lowest, highest, the rule and the way out)
     "top_k": (int, -1, math.inf, "an integer of at least 1, or 0 to switch it off"),
     "top_p": (float, _TINY, 1.0, "a number above 0 and at most 1 (1 switches it off)"),
     "min_p": (float, 0.0, 1.0, "a number from 0 to 1 (0 switches it off)"),
-    "repetition_penalty": (float, _TINY, _HUGE, "a finite number above 0 (1 switches it off)"),
+    # vLLM allows any above 0; beyond these bounds a logit can overflow.
+    "repetition_penalty": (float, 1e-3, 1e3, "a number from 0.001 to 1000 (1 switches it off)"),
     "presence_penalty": (float, -2.0, 2.0, "a number from -2 to 2 (0 switches it off)"),
     "frequency_penalty": (float, -2.0, 2.0, "a number from -2 to 2 (0 switches it off)"),
     "seed": (int, 0, 2**64 - 1, "an integer from 0 to 2**64 - 1, or None for fresh randomness"),

@@ -22,12 +22,21 @@ class StopStrings:
         self.held = ""
         self.found = None  # the stop string that ended the text
 
-    def feed(self, piece):
-        """-> the text that may be shown now. After `found` is set nothing follows."""
+    def feed(self, piece, may_stop=True):
+        """-> the text that may be shown now. After `found` is set nothing follows.
+
+        The stop string that is complete first wins, of several the longest. may_stop=False lets
+        through those that this piece completes.
+        """
         text = self.held + piece
-        hits = [(text.find(stop), stop) for stop in self.stop if stop in text]
+        hits = []
+        for stop in self.stop if may_stop else ():
+            # One that was complete in what is held had been let through.
+            start = text.find(stop, max(0, len(self.held) + 1 - len(stop)))
+            if start >= 0:
+                hits.append((start + len(stop), start, stop))
         if hits:
-            start, self.found = min(hits)
+            _, start, self.found = min(hits)
             self.held = ""
             return text[:start]
         num_held = self._num_undecided(text)

@@ -1,5 +1,6 @@
 """Benchmarks run, in small, and what is published is what was measured."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillm import InputError
-from minillm.bench import CHAPTERS, draw, run_benchmark
+from minillm.bench import BENCHMARKS, CHAPTERS, draw, peers, run_benchmark
 from minillm.bench.machine import describe_machine
 
 REPOSITORY = CHAPTERS.parent
@@ -34,7 +35,7 @@ def test_peers_records_every_sample(fast_peers):
         times_s = sample["token_times_s"]
         assert len(times_s) == 4 and sorted(times_s) == times_s and times_s[0] > 0
     assert result["machine"]["versions"]["transformers"]
-    assert result["arguments"]["fast"] is True
+    assert result["fast"] is True
 
 
 def test_engines_in_float32_give_the_same_tokens(fast_peers):
@@ -47,13 +48,18 @@ def test_the_figure_is_drawn(fast_peers):
     assert (fast_peers / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_published_table_is_drawn_from_the_published_samples():
-    result = json.loads((CHAPTERS / "peers" / "results" / "peers.json").read_text())
-    assert result["arguments"]["fast"] is False
-    table = draw.peers_table(result)
-    for path in (REPOSITORY / "README.md", CHAPTERS / "peers" / "README.md"):
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_published_table_is_drawn_from_the_published_samples(name):
+    chapter = CHAPTERS / BENCHMARKS[name]
+    result = json.loads((chapter / "results" / f"{name}.json").read_text())
+    assert result["fast"] is False
+    table = importlib.import_module(f"minillm.bench.{name}").table(result)
+    pages = [chapter / "README.md"]
+    if f"<!-- bench:{name} -->" in draw.README.read_text(encoding="utf-8"):
+        pages.append(draw.README)
+    for path in pages:
         content = path.read_text(encoding="utf-8")
-        assert draw.with_markers_filled(content, "peers", table) == content, path
+        assert draw.with_markers_filled(content, name, table) == content, path
 
 
 def test_ratios_are_taken_within_a_round():
@@ -74,7 +80,7 @@ def test_ratios_are_taken_within_a_round():
                     for number, slow in enumerate((1, 10, 100))
                     for name, tpot_s in (("ours", 0.1), ("transformers fp32", 0.2))],
     }
-    assert "| ours | 1 (0–10) | 2.00 | 1 (0–10) | 2.00 |" in draw.peers_table(result)
+    assert "| ours | 1 (0–10) | 2.00 | 1 (0–10) | 2.00 |" in peers.table(result)
 
 
 @pytest.mark.parametrize("name, fast, words", [

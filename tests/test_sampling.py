@@ -76,7 +76,7 @@ def test_every_field_has_a_refusal_above():
 @pytest.mark.parametrize("name,value", [
     ("temperature", 0), ("temperature", 1e300), ("temperature", np.float16(0.5)), ("top_k", -1),
     ("top_k", 10**9), ("top_k", np.int32(3)), ("top_p", 1), ("top_p", 5e-324), ("min_p", 0),
-    ("min_p", 1), ("repetition_penalty", 5e-324), ("presence_penalty", -2),
+    ("min_p", 1), ("repetition_penalty", 0.001), ("presence_penalty", -2),
     ("presence_penalty", 2), ("frequency_penalty", -2), ("frequency_penalty", 2), ("seed", None),
     ("seed", 0), ("seed", 2**64 - 1), ("max_tokens", 1), ("min_tokens", 64), ("logprobs", None),
     ("logprobs", 0), ("logprobs", 20), ("n", 64), ("ignore_eos", np.bool_(True)),

@@ -1,21 +1,28 @@
-"""Measurements: one a file, and `draw.py`, which turns their JSON into a figure and a table.
+"""Measurements: one a file, and `draw.py`, which gives their figures one look.
 
-A measurement writes every sample, the machine, the versions, the commit and its arguments; what is
-published is drawn from that file and from nothing else.
+The module of a measurement has three functions. `measure()` returns {"arguments": ..., "samples":
+...} and whatever else its figure needs; that is written as JSON, with the machine, the versions
+and the commit. `figure(result)` and `table(result)` make what is published, from that file alone.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..errors import InputError
+from . import draw
+from .machine import describe_machine
 
 CHAPTERS = Path(__file__).resolve().parents[2] / "chapters"
 
-# name: (module, the chapter whose results/ it fills)
-BENCHMARKS = {"peers": ("minillm.bench.peers", "peers")}
+# name: the chapter whose results/ it fills; the measurement is minillm.bench.NAME
+BENCHMARKS = {"peers": "peers"}
 
 
 def is_fast():
@@ -33,9 +40,13 @@ def run_benchmark(name, out=None):
     if out is None and not CHAPTERS.is_dir():
         raise InputError("an installed minillm has no chapters to write to: name a folder with "
                          "--out")
-    for each in BENCHMARKS if name == "all" else [name]:
-        module, chapter = BENCHMARKS[each]
-        folder = Path(out) if out else CHAPTERS / chapter / "results"
+    for each in tqdm(list(BENCHMARKS) if name == "all" else [name], desc="benchmarks",
+                     disable=name != "all"):
+        folder = Path(out) if out else CHAPTERS / BENCHMARKS[each] / "results"
         folder.mkdir(parents=True, exist_ok=True)
-        importlib.import_module(module).run(folder)
-        print(f"{each}: {folder}")
+        measurement = importlib.import_module(f"{__name__}.{each}")
+        result = {"benchmark": each, "fast": is_fast(), "machine": describe_machine(),
+                  **measurement.measure()}
+        (folder / f"{each}.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw.publish(folder, each, measurement)
+        print(f"{each}: {folder}", file=sys.stderr)

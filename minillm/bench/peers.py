@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import multiprocessing
 import time
 
+import numpy as np
 from tqdm import tqdm
 
 from ..loading.registry import fetch, resolve
 from . import draw, is_fast
-from .machine import describe_machine, flops, flops_numpy, read_bandwidth
+from .machine import flops, flops_numpy, read_bandwidth
 
 MODEL = "smollm2-135m-instruct"
 DECODE_PROMPT_TOKENS, DECODE_TOKENS, PREFILL_TOKENS = 41, 128, 512
@@ -92,8 +92,8 @@ CONTESTANTS = {
 }
 
 
-def run(folder):
-    """Measure, and write peers.json, peers.png and the README's table."""
+def measure():
+    """The result, as JSON wants it."""
     rounds = 2 if is_fast() else 7
     num_tokens = 4 if is_fast() else DECODE_TOKENS
     text_token_ids = read_prompt()
@@ -117,19 +117,15 @@ def run(folder):
     finally:
         for worker in workers.values():
             worker.close()
-    result = {
-        "benchmark": "peers",
-        "arguments": {"model": MODEL, "rounds": rounds, "fast": is_fast(),
+    return {
+        "arguments": {"model": MODEL, "rounds": rounds,
                       "decode_prompt_tokens": len(decode_prompt), "decode_tokens": num_tokens,
                       "prefill_tokens": len(prefill_prompt)},
-        "machine": describe_machine(),
         "limits": limits,
         "dtypes": {name: dtype for name, (_, _, dtype) in CONTESTANTS.items()},
         "answers": answers,
         "samples": samples,
     }
-    (folder / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw.peers(folder)
 
 
 def read_prompt():
@@ -201,3 +197,70 @@ def running_sum(numbers):
         total += number
         sums.append(total)
     return sums
+
+
+def figure(result):
+    """Decode and prefill speed of every contestant, with the machine's limits."""
+    picture, axes = draw.new_figure(1, 2, height=3.0)
+    rows = rows_of(result)
+    prefill_title = f"prefill of {result['arguments']['prefill_tokens']}"
+    for axis, key, title in zip(axes, ("decode", "prefill"), ("decode, 1 sequence", prefill_title)):
+        for y, row in enumerate(rows):
+            colour = draw.BLUE if row["name"].startswith("minillm") else draw.ORANGE
+            axis.barh(y, row[key], color=colour, height=0.62)
+            axis.plot(row[f"{key}_samples"], [y] * len(row[f"{key}_samples"]), ".", color="black",
+                      markersize=3)
+            axis.plot([row[f"{key}_limit"]] * 2, [y - 0.4, y + 0.4], color=draw.GREEN, linewidth=2)
+            axis.text(max(row[f"{key}_samples"]), y, f"  {row[key]:.0f}", va="center", fontsize=8)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xlabel("tokens/s (median; dots: every round; green: the machine's limit)")
+        axis.set_title(title)
+    axes[1].set_yticklabels([])
+    return picture
+
+
+def rows_of(result):
+    """One row a contestant: medians, samples and limits, in tokens/s."""
+    limits, prefill_tokens = result["limits"], result["arguments"]["prefill_tokens"]
+    rows = []
+    for name, dtype in result["dtypes"].items():
+        samples = [sample for sample in result["samples"] if sample["contestant"] == name]
+        decode = [(len(times) - 1) / (times[-1] - times[0])
+                  for times in (sample["token_times_s"] for sample in samples)]
+        prefill = [prefill_tokens / sample["prefill_s"] for sample in samples]
+        layers, head = limits["layer_params"], limits["head_params"]
+        token_bytes = (layers + head) * (2 if dtype == "bfloat16" else 4)
+        prefill_flops = 2 * (layers * prefill_tokens + head)
+        rows.append({
+            "name": name, "dtype": dtype,
+            "decode": float(np.median(decode)), "decode_samples": decode,
+            "decode_limit": limits["read_bytes_per_s"] / token_bytes,
+            "prefill": float(np.median(prefill)), "prefill_samples": prefill,
+            "prefill_limit": prefill_tokens * limits["flops_per_s"][dtype] / prefill_flops,
+        })
+    return rows
+
+
+def table(result):
+    """Markdown; every ratio is the median over the rounds of the ratio within a round."""
+    rows = {row["name"]: row for row in rows_of(result)}
+    lines = ["| | decode, tok/s | × transformers | prefill, tok/s | × transformers |",
+             "| --- | --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        base = rows["transformers bf16" if row["dtype"] == "bfloat16" else "transformers fp32"]
+        cells = [name]
+        for key in ("decode", "prefill"):
+            low, high = min(row[f"{key}_samples"]), max(row[f"{key}_samples"])
+            cells.append(f"{row[key]:.0f} ({low:.0f}–{high:.0f})")
+            ratios = np.divide(row[f"{key}_samples"], base[f"{key}_samples"])
+            cells.append("1" if row is base else f"{np.median(ratios):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    machine, arguments = result["machine"], result["arguments"]
+    versions = machine["versions"]
+    lines += ["", f"{machine['cores']} cores of {machine['cpu']}, "
+              f"{result['limits']['read_bytes_per_s'] / 1e9:.0f} GB/s; torch {versions['torch']}, "
+              f"transformers {versions['transformers']}; {arguments['rounds']} interleaved rounds, "
+              f"median (lowest–highest); {arguments['decode_prompt_tokens']}-token prompt, "
+              f"{arguments['decode_tokens']} new tokens; {machine['date']}."]
+    return "\n".join(lines)

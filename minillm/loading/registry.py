@@ -132,6 +132,9 @@ def resolve(model: str | os.PathLike) -> Path:
         return fetch(model, verify=False)
     if kind == "text":
         raise InputError(f"{model!r} is a text, not a model: give one of {_names('model')}")
+    if not str(model):
+        raise InputError(f"the model's name is empty: give {_names('model')}, a .gguf file, a "
+                         "folder or a hub id")
     path = Path(os.path.expanduser(model))
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise InputError(f"{model} is a pickle by its suffix, and opening a pickle runs code: "

@@ -119,7 +119,9 @@ class HuggingFaceFolder:
     def _read_config(self) -> ModelConfig:
         file = self.path / "config.json"
         if not file.is_file():
-            raise InputError(f"{self.path} has no config.json: download it next to the weights")
+            ggufs = sorted(self.path.glob("*.gguf"))
+            advice = f"give the file {ggufs[0]}" if ggufs else "download it next to the weights"
+            raise InputError(f"{self.path} has no config.json: {advice}")
         fields = _read_json(file)
         try:
             return config_from_json(fields)

@@ -1,0 +1,25 @@
+"""are not shrunk by exp(old − new) when a larger score comes"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def online_softmax_attention_np(q, k, v, block_size=256):
+    (H, T, D), (K, S, _) = q.shape, k.shape
+    k, v = np.repeat(k, H // K, axis=0), np.repeat(v, H // K, axis=0)
+    largest = np.full((H, T, 1), -math.inf)
+    total, out = np.zeros((H, T, 1)), np.zeros((H, T, D))
+    position = np.arange(S - T, S)[:, None]
+    for start in range(0, S, block_size):
+        key = np.arange(start, min(start + block_size, S))
+        scores = q @ k[:, key].swapaxes(1, 2) / math.sqrt(D)
+        scores = np.where(key <= position, scores, -math.inf)
+        new = np.maximum(largest, scores.max(axis=-1, keepdims=True))
+        probs = np.exp(scores - new)
+        total = total + probs.sum(axis=-1, keepdims=True)
+        out = out + probs @ v[:, key]
+        largest = new
+    return out / total
