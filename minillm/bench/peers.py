@@ -214,7 +214,7 @@ def figure(result):
             axis.text(max(row[f"{key}_samples"]), y, f"  {row[key]:.0f}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axis.invert_yaxis()
-        axis.set_xlabel("tokens/s (median; dots: every round; green: the machine's limit)")
+        axis.set_xlabel("tokens/s (median; dots: rounds; green: limit)")
         axis.set_title(title)
     axes[1].set_yticklabels([])
     return picture
