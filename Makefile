@@ -6,15 +6,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test weights clean
+.PHONY: demo test notebooks weights clean
 
-demo: weights
+demo: $(READY)
 	$(BIN)/python -m minillm generate --chat --temperature 0 --max-tokens 96 --stats \
 		"Explain in two sentences why the sky is blue."
 
 test: weights
 	$(BIN)/ruff check minillm tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --quiet
+
+notebooks: weights    # execute notebooks/*.py into the .ipynb beside them
+	cd notebooks && ../$(BIN)/jupytext --quiet --to ipynb --execute *.py
 
 weights: $(READY)
 	@$(BIN)/python -m minillm fetch

@@ -1,13 +1,16 @@
 """What every test may ask for: the real model's file, and the real model, loaded once."""
 
+import os
+
+# Tests use small tensors: two threads would wait for each other longer than they compute. NumPy
+# and torch read this when they are imported, and so do the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 from minillm import LLM
 from minillm.loading.registry import resolve
-
-# Tests use small tensors: two threads would wait for each other longer than they compute.
-torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
