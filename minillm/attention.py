@@ -28,7 +28,9 @@ def attention_np(q, k, v):
 
         softmax(q·kᵀ / √D)·v            (Vaswani et al. 2017, §3.2.1; GQA: Ainslie et al. 2023)
 
-    q: [H, T, D]   k, v: [K, S, D]   ->   [H, T, D];   the T queries are the last of S positions
+    q: [H, T, D]   k, v: [K, S, D]   ->   [H, T, D], in q's dtype
+    Query head h reads key/value head h // (H/K). The T queries are the last of the S positions:
+    query t stands at position S − T + t, and sees the keys up to that position, its own included.
     Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.   Raises ValueError if H is no multiple of K.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
@@ -65,7 +67,8 @@ def online_softmax_attention_np(q, k, v, block_size=256):
     largest seen so far, and when a larger one comes, shrink what was added up under the old one
     by exp(old − new).      (Milakov and Gimelshein 2018, alg. 3; FlashAttention, Dao et al. 2022)
 
-    Same shapes and result as attention_np; H·T·block_size scores in memory instead of H·T·S.
+    Same shapes, dtype and result as attention_np; H·T·block_size scores in memory, not H·T·S.
+    block_size need not divide S, and may be larger.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
     check_shapes(q, k, v)

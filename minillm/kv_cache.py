@@ -26,8 +26,17 @@ MAX_PLAIN_SCORES = 2**18
 class KVCache:
     """The keys and values of one sequence, contiguous and preallocated (NumPy).
 
-    keys, values: [L, K, capacity, D].   Memory: 2·L·K·D·capacity numbers; pages that no token has
-    reached yet are not touched, so a long capacity costs nothing before it is used.
+    config: num_hidden_layers (L), num_key_value_heads (K) and head_dim (D) are read.
+    capacity: the most tokens it will hold; an attribute of the same name tells it to the engine.
+    dtype: of keys and values, whatever NumPy takes for one: np.float32, "float32".
+    The PyTorch form has a fourth argument, device, and torch's dtypes.
+
+    A forward pass calls attend for layer 0, 1, … L − 1 with the same new tokens. In the middle of
+    a pass the first layers hold more tokens than the last, so every layer counts its own.
+
+    keys, values: [L, K, capacity, D].   Memory: 2·L·K·D·capacity numbers, however few are used:
+    what the system does not hand out before it is touched, it hands out in pages, and NumPy asks
+    for huge ones.
     """
 
     def __init__(self, config, capacity, dtype=np.float32):
@@ -39,13 +48,16 @@ class KVCache:
 
     @property
     def length(self):
-        """Tokens whose keys and values every layer has."""
+        """Tokens whose keys and values every layer has: what the layer with the fewest holds."""
         return min(self.lengths)
 
     def append(self, layer, k, v):
         """Write k, v [N, K, D] behind what layer `layer` holds; -> all its keys, values [K, S, D].
 
-        Raises ValueError beyond the capacity: a full cache must not drop a token silently.
+        S counts the tokens from before and the N new ones, which come last. What is there already
+        is not copied: views of the two arrays are what is returned. Other layers stay as they are.
+        Raises ValueError, and changes nothing, if k and v differ in shape, and beyond the capacity:
+        a full cache must not drop a token silently, as writing one row into an empty slice does.
         """
         start = self.lengths[layer]
         end = start + k.shape[0]
@@ -60,9 +72,11 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def attend(self, layer, q, k, v):
-        """Store fresh keys and values, then attend to all.
+        """Store fresh keys and values, then attend to all that this layer holds.
 
-        q: [N, H, D], k, v: [N, K, D]  ->  [N, H, D];   the N tokens follow those in the cache.
+        q: [N, H, D], k, v: [N, K, D]  ->  [N, H, D];   the N tokens follow those in the cache, and
+        each sees itself and all before it. attention_np does that, with heads in front: q is
+        [H, N, D] there. Beyond MAX_PLAIN_SCORES (N·S) the online form, same result, saves memory.
         """
         keys, values = self.append(layer, k, v)
         plain = q.shape[0] * keys.shape[1] <= MAX_PLAIN_SCORES
@@ -74,6 +88,7 @@ class KVCache:
 
         Also what makes the cache whole again after a forward pass was interrupted half-way,
         when some layers hold more tokens than others: truncate(cache.length).
+        Raises ValueError, and changes nothing, unless 0 <= length <= cache.length.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} tokens")

@@ -30,6 +30,8 @@ def swiglu_np(x, gate_proj, up_proj, down_proj):
 
     x: [N, C], gate_proj and up_proj: [F, C], down_proj: [C, F]  ->  [N, C]
     (Shazeer 2020, "GLU variants improve transformer", eq. 6).   Cost: 6·N·C·F FLOPs.
+    silu(z) = z·σ(z).  The three are no arrays but objects that multiply, perhaps of four bits an
+    entry: linear_np(x, gate_proj) is x·Gᵀ, with the bias if there is one.
     """
     gate = silu_np(linear_np(x, gate_proj))  # [N, F]
     return linear_np(gate * linear_np(x, up_proj), down_proj)

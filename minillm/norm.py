@@ -20,8 +20,9 @@ def rms_norm_np(x, weight, eps):
 
         x / √(mean(x²) + eps) · weight              (Zhang and Sennrich 2019, eq. 4)
 
-    x: [..., C], weight: [C]  ->  [..., C].   The mean is taken in float32 at least: the square of
-    a bfloat16 number keeps eight bits, and 576 of them do not add up.
+    x: [..., C], weight: [C]  ->  [..., C];   a row is the last axis, each has its own mean.
+    The mean is taken in float32 at least, whatever x is: in float16 the square of 300 is infinite,
+    and in bfloat16 a square keeps eight bits, and 576 of them do not add up.
 
     >>> rms_norm_np(np.array([3.0, 4.0]), np.ones(2), eps=0.0).round(3)
     array([0.849, 1.131])

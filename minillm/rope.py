@@ -68,7 +68,9 @@ def rope_np(x, cos, sin):
 
         (a, b)  ->  (a·cos − b·sin,  b·cos + a·sin)             (Su et al. 2021, eq. 34)
 
-    x: [N, H, D], cos and sin: [N, D/2]  ->  [N, H, D].
+    x: [N, H, D], cos and sin: [N, D/2], a row a token, the same for its H heads  ->  [N, H, D].
+    Pair i of a head is (a, b) = its entries i and i + D/2: all a in the first half, all b in the
+    second, before and after.
 
     >>> quarter_turn = np.array([[0.0]]), np.array([[1.0]])          # cos and sin of 90 degrees
     >>> rope_np(np.array([[[1.0, 0.0]]]), *quarter_turn)

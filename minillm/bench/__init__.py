@@ -22,7 +22,16 @@ from .machine import describe_machine
 CHAPTERS = Path(__file__).resolve().parents[2] / "chapters"
 
 # name: the chapter whose results/ it fills; the measurement is minillm.bench.NAME
-BENCHMARKS = {"peers": "peers"}
+BENCHMARKS = {
+    "first_token": "01_first_token",
+    "vocabulary": "02_tokenizer",
+    "block": "03_transformer_block",
+    "attention": "04_attention",
+    "roofline": "05_model",
+    "sampling": "06_sampling",
+    "kv_cache": "07_kv_cache",
+    "peers": "peers",
+}
 
 
 def is_fast():

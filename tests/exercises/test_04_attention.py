@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 
+from minillm.config import ModelConfig
 from minillm.course import using
 from minillm.course.check import check, close, peak_bytes, raises, require
 from minillm.kv_cache import KVCache
+from minillm.linear import Dense
+from minillm.model import LayerWeights, Weights, forward_np
 
 OVERFLOW = "subtract the largest score before exp: softmax does not change, and exp cannot overflow"
+IN_FLOAT64 = ("np.zeros and np.full make float64 unless they are given dtype=q.dtype, and so does "
+              "np.sqrt(D): use math.sqrt. All layers after this one would go on in float64")
+IN_PIECES = "after the first piece of a text the cache hands over more keys than queries: T < S"
 SHARED = "H/K query heads use one key/value head: repeat that head, or see its queries as more rows"
 
 
@@ -58,14 +63,15 @@ def weights(attention_np):
         "the scores are divided by D, not by its root": loop(q, k, v, scale=1 / 4),
         "the scores are multiplied by √D, not divided": loop(q, k, v, scale=2.0),
         "all keys count the same: is there a softmax of the scores?": loop(q, k, v, scale=0.0),
+        "the softmax is over the queries; it is over the keys: each query's weights sum to 1":
+            v.sum(axis=1, keepdims=True),
     })
 
 
 @check("no query sees a key that comes after it")
 def causal(attention_np):
     q, k, v = random_qkv(H=1, K=1, T=4, S=4, D=3)
-    close(attention_np(q, k, v), loop(q, k, v), mistakes=mask_mistakes(q, k, v), hint=(
-        "softmax is over the keys: each row of weights sums to 1"))
+    close(attention_np(q, k, v), loop(q, k, v), mistakes=mask_mistakes(q, k, v))
 
 
 @check("the T queries are the last of the S positions")
@@ -92,17 +98,10 @@ def uneven(attention_np):
            hint="5 query heads cannot share 2: raise ValueError, or call check_shapes")
 
 
-@check("the KV cache attends with it: a text in pieces is the text in one")
+@check("a whole model computes the right logits with it, and stays in float32", hint=IN_PIECES)
 def in_the_engine(attention_np):
-    H, K, S, D = 6, 2, 8, 4
-    q, k, v = random_qkv(H, K, S, S, D)
-    with using(attention_np=attention_np):
-        cache = KVCache(SimpleNamespace(num_hidden_layers=1, num_key_value_heads=K, head_dim=D),
-                        capacity=S, dtype=np.float64)
-        pieces = [cache.attend(0, *(x[:, start:end].swapaxes(0, 1) for x in (q, k, v)))
-                  for start, end in ((0, 4), (4, 7), (7, 8))]  # prefill, prefill, decode
-    close(np.concatenate(pieces), loop(q, k, v).swapaxes(0, 1), hint=(
-        "the cache hands over more keys than queries: T < S"))
+    close(logits_in_pieces(attention_np), logits_in_pieces(loop))
+    same_dtype(attention_np)
 
 
 # ── online_softmax_attention_np ──────────────────────────────────────────────────────────────
@@ -133,6 +132,9 @@ def rescale(online_softmax_attention_np):
             unshrunk(q, k, v, block_size=2),
         "the weighted values are not shrunk by exp(old − new), only the total is":
             unshrunk(q, k, v, block_size=2, total_too=False),
+        "every block is divided by its own total: divide once, after the last block":
+            sum(loop(q, k[:, start : start + 2], v[:, start : start + 2])
+                for start in range(0, 6, 2)),
     })
 
 
@@ -161,13 +163,58 @@ def online_overflow(online_softmax_attention_np):
 
 @check("it never holds the scores of all keys", twin=False)  # NumPy's memory is what is counted
 def memory(online_softmax_attention_np):
-    H, T, S = 2, 16, 8192
-    q, k, v = random_qkv(H, K=1, T=T, S=S, D=2)
+    H, T, S = 2, 64, 4096
+    q, k, v = random_qkv(H, K=1, T=T, S=S, D=2)  # k and v, once for each query head, are small
     peak = peak_bytes(online_softmax_attention_np, q, k, v, block_size=32)
     whole = H * T * S * q.itemsize
     require(peak < whole / 4, f"far less memory than all scores need, {whole:,} bytes",
             f"{peak:,} bytes at the peak",
             "the scores of all keys, or a mask for all of them, are built before the loop")
+
+
+@check("a whole model computes the right logits with it, and stays in float32", hint=IN_PIECES)
+def online_in_the_engine(online_softmax_attention_np):
+    close(logits_in_pieces(online_softmax_attention_np), logits_in_pieces(loop))
+    same_dtype(online_softmax_attention_np)
+
+
+# ── In the engine ────────────────────────────────────────────────────────────────────────────
+
+
+def logits_in_pieces(attention):
+    """What a small random model expects after a prompt of 4 tokens, 3 more, and 1 more, with
+    `attention` in every layer."""
+    tokens, pieces = np.array([5, 2, 9, 2, 7, 0, 3, 8]), ((0, 4), (4, 7), (7, 8))
+    weights = random_model()
+    with using(attention_np=attention):
+        cache = KVCache(weights.config, capacity=len(tokens), dtype=np.float64)
+        return np.concatenate([
+            forward_np(weights, tokens[start:end], np.arange(start, end), cache)
+            for start, end in pieces])
+
+
+def random_model():
+    """Two layers, in float64; 6 query heads share 2 key/value heads."""
+    rng = np.random.default_rng(4)
+    C, F, V, (H, K, D) = 10, 14, 11, (6, 2, 4)
+    config = ModelConfig(vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=2,
+                         num_attention_heads=H, num_key_value_heads=K, head_dim=D)
+
+    def matrix(*shape):
+        return Dense(rng.normal(size=shape))
+
+    layers = [LayerWeights(
+        input_layernorm=np.ones(C), qkv_proj=matrix((H + 2 * K) * D, C), o_proj=matrix(C, H * D),
+        post_attention_layernorm=np.ones(C), gate_proj=matrix(F, C), up_proj=matrix(F, C),
+        down_proj=matrix(C, F)) for _ in range(config.num_hidden_layers)]
+    return Weights(config, embed_tokens=matrix(V, C), layers=layers, norm=np.ones(C),
+                   lm_head=matrix(V, C), inv_freq=np.array([1.0, 0.1]))
+
+
+def same_dtype(attention):
+    result = attention(*(x.astype(np.float32) for x in random_qkv(H=6, K=2, T=3, S=5, D=4)))
+    dtype = getattr(result, "dtype", type(result).__name__)
+    require(dtype == np.float32, "an array of float32", f"{dtype}", IN_FLOAT64)
 
 
 # ── What the usual mistakes would return ─────────────────────────────────────────────────────

@@ -10,8 +10,8 @@ import numpy as np
 def online_softmax_attention_np(q, k, v, block_size=256):
     (H, T, D), (K, S, _) = q.shape, k.shape
     k, v = np.repeat(k, H // K, axis=0), np.repeat(v, H // K, axis=0)
-    largest = np.full((H, T, 1), -math.inf)
-    total, out = np.zeros((H, T, 1)), np.zeros((H, T, D))
+    largest = np.full((H, T, 1), -math.inf, q.dtype)
+    total, out = np.zeros((H, T, 1), q.dtype), np.zeros((H, T, D), q.dtype)
     position = np.arange(S - T, S)[:, None]
     for start in range(0, S - block_size + 1, block_size) if block_size < S else [0]:
         key = np.arange(start, min(start + block_size, S))

@@ -1,0 +1,27 @@
+"""token i is the byte BYTES_IN_ORDER[i]"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+from minillm.bpe import join
+
+
+def bpe_train(words, num_tokens):
+    tokens = [bytes([byte]) for byte in range(256)]
+    spellings = {word: list(word.encode()) for word in words}
+    merges = []
+    while len(tokens) < num_tokens:
+        counts = Counter()
+        for word, ids in spellings.items():
+            for pair in pairwise(ids):
+                counts[pair] += words[word]
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        for word, ids in spellings.items():
+            spellings[word] = join(ids, best, len(tokens) - 1)
+    return tokens, merges

@@ -1,0 +1,34 @@
+"""a joined token is not joined again with a letter that it holds"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+from minillm.bpe import BYTES_IN_ORDER
+
+
+def bpe_train(words, num_tokens):
+    tokens = [bytes([byte]) for byte in BYTES_IN_ORDER]
+    spellings = {word: [BYTES_IN_ORDER.index(byte) for byte in word.encode()] for word in words}
+    merges = []
+    while len(tokens) < num_tokens:
+        counts = Counter()
+        for word, ids in spellings.items():
+            for pair in pairwise(ids):
+                counts[pair] += words[word]
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        for word, ids in spellings.items():
+            new, last = [], None
+            for id in ids:
+                if new and (last, id) == best:
+                    new[-1] = len(tokens) - 1
+                else:
+                    new.append(id)
+                last = id
+            spellings[word] = new
+    return tokens, merges

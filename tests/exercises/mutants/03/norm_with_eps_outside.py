@@ -1,0 +1,10 @@
+"""eps is added to the root, not under it"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rms_norm_np(x, weight, eps):
+    wide = x.astype(np.float64)
+    return wide / (np.sqrt((wide**2).mean(axis=-1, keepdims=True)) + eps) * weight

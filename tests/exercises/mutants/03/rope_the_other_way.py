@@ -1,0 +1,11 @@
+"""it turns the other way"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rope_np(x, cos, sin):
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)

@@ -1,0 +1,12 @@
+"""the gate is σ(z), not silu(z)"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm.linear import linear_np
+
+
+def swiglu_np(x, gate_proj, up_proj, down_proj):
+    gate = 1 / (1 + np.exp(-linear_np(x, gate_proj)))
+    return linear_np(gate * linear_np(x, up_proj), down_proj)

@@ -1,0 +1,10 @@
+"""what is removed has to become −∞"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def min_p_np(logits, min_p):
+    edge = logits.max() + np.log(min_p)
+    return np.where(logits < edge, 0.0, logits)

@@ -1,0 +1,17 @@
+"""it is the best logit that has to be finite"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm.penalties import process_logits_np
+from minillm.sampling import draw_np, probabilities_np
+
+
+def sample_np(logits, params, u, prompt_token_ids=(), output_token_ids=(), stop_token_ids=()):
+    logits = process_logits_np(logits, params, prompt_token_ids, output_token_ids, stop_token_ids)
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("a logit is not finite")
+    if params.is_greedy:
+        return int(logits.argmax())
+    return draw_np(probabilities_np(logits, params), u)

@@ -1,0 +1,18 @@
+"""u is all the randomness there is"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm.penalties import process_logits_np
+from minillm.sampling import probabilities_np
+
+
+def sample_np(logits, params, u, prompt_token_ids=(), output_token_ids=(), stop_token_ids=()):
+    logits = process_logits_np(logits, params, prompt_token_ids, output_token_ids, stop_token_ids)
+    if not np.isfinite(logits.max()):
+        raise FloatingPointError("no finite logit is the best")
+    if params.is_greedy:
+        return int(logits.argmax())
+    probs = probabilities_np(logits, params)
+    return int(np.random.default_rng().choice(len(probs), p=probs))
