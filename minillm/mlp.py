@@ -1,6 +1,6 @@
 """What does a layer do with what attention brought? SwiGLU, the gated feed-forward network.
 
-Two thirds of a layer's weights are here. Chapter 03_transformer_block tells the story.
+Most of a layer's weights are here: two thirds and more. Chapter 03_transformer_block tells it.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ words = Counter(Pretokenizer("smollm").words(train_text))
 print(f"{len(train_text):,} characters, {words.total():,} words, {len(words):,} of them distinct")
 print("the most frequent:", words.most_common(6))
 start_s = time.perf_counter()
-tokens, merges = bpe_train(words, 2048 if fast else 16384)
+tokens, merges = bpe_train(words, 2048 if fast else 32768)
 print(f"trained {len(tokens):,} tokens in {time.perf_counter() - start_s:.1f} s")
 print("first:", tokens[256:272])
 print("last: ", tokens[-8:])
@@ -130,7 +130,7 @@ print("last: ", tokens[-8:])
 # tokens were learned from other texts?
 
 # %%
-sizes = [2**n for n in range(8, 15) if 2**n <= len(tokens)]
+sizes = [2**n for n in range(8, 16) if 2**n <= len(tokens)]
 tokenizers = {size: Tokenizer(*shortened(tokens, merges, size), Pretokenizer("smollm"))
               for size in sizes}
 seen = train_text[: len(held_out)]

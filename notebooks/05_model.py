@@ -222,7 +222,7 @@ for name, flops_per_s in peak.items():
 lengths = (1, 4) if fast else (1, 4, 16, 64, 256)
 passes = {name: roofline.Contestant(runner, 16) for name, runner in runners.items()}
 seconds_of = {}  # (name, length): every sample
-for _ in range(1 if fast else 2):
+for _ in range(1 if fast else 3):
     for length in lengths:
         for name, contestant in passes.items():
             seconds_of.setdefault((name, length), []).extend(contestant.pass_seconds(length, 0))

@@ -22,6 +22,8 @@ from minillm import LLM, InputError
 from minillm.cli import main
 from minillm.course import using
 from minillm.course.check import CheckFailed, close, equal, peak_bytes
+from minillm.course.collect import chapters_of
+from minillm.course.commands import read_functions
 from minillm.course.exercises import (
     all_exercises,
     course_folder,
@@ -500,3 +502,13 @@ def test_grade_works_inside_the_hand_out(tmp_path):
     assert (done.returncode, done.stderr) == (1, "")
     assert str(starter_path(target, CHAPTER)) in done.stdout
     assert "attention_np is still to be written" in done.stdout
+
+
+def test_what_is_imported_beside_own_work_is_not_handed_in(tmp_path):
+    """Chapter 05's starter imports the functions of chapter 03."""
+    path = tmp_path / "exercise.py"
+    path.write_text("from minillm.norm import rms_norm_np\n\n\ndef forward_np(weights, tokens, "
+                    "positions, cache, rows=None):\n    return rms_norm_np\n")
+    assert chapters_of(path) == ["05_model"]
+    functions, unfilled = read_functions(path)
+    assert list(functions) == ["forward_np"] and unfilled == []

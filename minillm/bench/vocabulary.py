@@ -98,7 +98,7 @@ def time_encoding(fresh, text, rounds):
 
 
 def time_long_words(tokens, merges, text, lengths, rounds):
-    """The letters of a text, run together into one word: what a URL or a base64 blob is like."""
+    """The letters of a text, run together into one word: what a sentence of Chinese is like."""
     id_of = {token: id for id, token in enumerate(tokens)}
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     merged = [id_of[tokens[left] + tokens[right]] for left, right in merges]
@@ -206,12 +206,14 @@ def draw_compression(axis, rows):
 
 def draw_step_time(axis, rows):
     sizes = [row["vocab_size"] for row in rows]
-    for name, colour in zip(BACKENDS, (draw.ORANGE, draw.BLUE)):
-        plot_medians(axis, sizes, [row[name] for row in rows], colour, BACKENDS[name])
+    for (name, label), colour, width in zip(BACKENDS.items(), (draw.ORANGE, draw.BLUE), (4, 1.5)):
+        plot_medians(axis, sizes, [row[name] for row in rows], colour, label, width)
     axis.plot(sizes, [row["limit_ms"] for row in rows], color=draw.GREEN, linewidth=2,
               label="limit: bytes of weights ÷ bandwidth")
     axis.set_ylabel("ms a character")
     axis.set_title("decoding: time of a step ÷ characters a token")
+    # One step that the system interrupted must not flatten the curves; the table has the spread.
+    axis.set_ylim(top=1.5 * max(np.median(row[name]) for row in rows for name in BACKENDS))
     for name in BACKENDS:
         axis.plot(sizes[-1], np.median(rows[-1][name]), "*", color=draw.RED, markersize=9)
     axis.legend(frameon=False)
@@ -225,7 +227,8 @@ def draw_encoding(axis, rows):
         plot_medians(axis, sizes, [row[kind] for row in rows], colour, label)
     axis.set_ylabel("ms a megabyte of text")
     axis.set_title("encoding Macbeth")
-    axis.legend(frameon=False, loc="lower right")
+    axis.set_ylim(top=1.4 * max(max(row["cold"]) for row in rows))  # room for the legend
+    axis.legend(frameon=False, loc="upper left")
 
 
 def draw_word(axis, samples):
@@ -248,9 +251,9 @@ def draw_word(axis, samples):
     axis.legend(frameon=False)
 
 
-def plot_medians(axis, x, samples, colour, label):
+def plot_medians(axis, x, samples, colour, label, width=1.5):
     """A line through the medians, and every sample as a dot."""
-    axis.plot(x, [np.median(each) for each in samples], color=colour, label=label)
+    axis.plot(x, [np.median(each) for each in samples], color=colour, label=label, linewidth=width)
     for place, each in zip(x, samples):
         axis.plot([place] * len(each), each, ".", color=colour, markersize=3)
 

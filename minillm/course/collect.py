@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from .exercises import all_exercises, grader_path
 from .grading import grade
-from .submission import close_name, defined_names, parse_submission
+from .submission import close_name, handed_in, parse_submission
 
 COLUMNS = ("name", "chapter", "passed", "total", "percent", "verdict", "file")
 
@@ -63,7 +63,7 @@ def grade_folder(folder, course, chapter, limits):
 
 def chapters_of(path):
     """The chapters whose functions a file defines: most of them by name, the rest by likeness."""
-    names = defined_names(parse_submission(path))
+    names = handed_in(parse_submission(path), [each.name for each in all_exercises()])
     exact = [each.chapter for each in all_exercises() if each.name in names]
     alike = [each.chapter for each in all_exercises() if close_name(each.name, names)]
     return list(dict.fromkeys(exact or alike))

@@ -20,9 +20,9 @@ from .plug import using
 from .starters import write_starters
 from .submission import (
     close_name,
-    defined_names,
     describe_error,
     find_submission,
+    handed_in,
     is_unfilled,
     load_submission,
     parse_submission,
@@ -126,8 +126,8 @@ def plugged_in(path, backend):
 
 def read_functions(path):
     """-> ({name: function} of what the file has written, [names that are still to be written])."""
-    nodes = defined_names(parse_submission(path))
     names = [name for each in all_exercises() for name in (each.name, each.twin_name) if name]
+    nodes = handed_in(parse_submission(path), names)
     for name in names:
         similar = close_name(name, [other for other in nodes if other not in names])
         if name not in nodes and similar:

@@ -70,8 +70,17 @@ def defined_names(tree):
         elif isinstance(node, ast.Assign):
             names.update((target.id, None) for target in node.targets
                          if isinstance(target, ast.Name))
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update((alias.asname or alias.name, None) for alias in node.names)
+    return names
+
+
+def handed_in(tree, wanted):
+    """Like defined_names. A file that defines none of the names in `wanted` is taken to hand in
+    what it imports, and is told that this is not its own; beside own work, imports are tools."""
+    names = defined_names(tree)
+    if not any(name in names for name in wanted):
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names.update((alias.asname or alias.name, None) for alias in node.names)
     return names
 
 
