@@ -31,7 +31,8 @@ def attention_np(q, k, v):
     q: [H, T, D]   k, v: [K, S, D]   ->   [H, T, D], in q's dtype
     Query head h reads key/value head h // (H/K). The T queries are the last of the S positions:
     query t stands at position S − T + t, and sees the keys up to that position, its own included.
-    Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.   Raises ValueError if H is no multiple of K.
+    Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.
+    Raises ValueError if H is no multiple of K; check_shapes(q, k, v) does that.
     """
     (H, T, D), (K, S, _) = q.shape, k.shape
     check_shapes(q, k, v)

@@ -292,7 +292,7 @@ for output in llm.generate([macbeth[:32], macbeth[:32]], params):
 #
 # ```
 # python -m minillm grade 01
-# python -m minillm generate --stats --impl chapters/01_first_token/exercise.py "Once upon a time"
+# python -m minillm generate --stats --impl chapters/01_first_token/exercise.py --temperature 0 "Once upon a time"
 # ```
 #
 # `using` puts a function of yours into the engine. Here is one that is not finished: it counts, and

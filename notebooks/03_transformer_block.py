@@ -314,7 +314,7 @@ for name, amounts in bars.items():
 #
 # ```
 # python -m minillm grade 03
-# python -m minillm generate --backend numpy --impl chapters/03_transformer_block/exercise.py "Once upon a time"
+# python -m minillm generate --backend numpy --impl chapters/03_transformer_block/exercise.py --temperature 0 "Once upon a time"
 # ```
 #
 # In a notebook, `using` does what `--impl` does. Here is a norm that is wrong in a small way: it

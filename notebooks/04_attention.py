@@ -272,7 +272,7 @@ print(plugged["attention_np"].calls, "calls; the same text:", online == plain)
 #
 # ```
 # python -m minillm grade 04
-# python -m minillm generate --impl chapters/04_attention/exercise.py "Once upon a time"
+# python -m minillm generate --impl chapters/04_attention/exercise.py --temperature 0 "Once upon a time"
 # ```
 #
 # You computed one query of one head by hand above. The first exercise does it for all queries of

@@ -287,5 +287,5 @@ print(plugged["forward_np"].calls, "passes")
 #
 # ```
 # python -m minillm grade 05
-# python -m minillm generate --impl chapters/05_model/exercise.py "Once upon a time"
+# python -m minillm generate --impl chapters/05_model/exercise.py --temperature 0 "Once upon a time"
 # ```

@@ -266,7 +266,7 @@ except ValueError as error:
 #
 # Write the class `KVCache` in `chapters/07_kv_cache/exercise.py`: `__init__`, `length`, `append`,
 # `attend` and `truncate`. Then `python -m minillm grade 07` checks it, and
-# `python -m minillm generate --impl chapters/07_kv_cache/exercise.py "Once upon a time"` writes text
+# `python -m minillm generate --impl chapters/07_kv_cache/exercise.py --temperature 0 "Once upon a time"` writes text
 # with it. In Python, `using` puts a class into the engine. Here it is one that only watches:
 
 # %%

@@ -4,7 +4,8 @@ Write code in the place of each `raise NotImplementedError`; the docstring says 
 and the README beside this file tells the story. Then, from the folder that holds chapters/:
 
     python -m minillm grade 04
-    python -m minillm generate --impl chapters/04_attention/exercise.py "Once upon a time"
+    python -m minillm generate "Once upon a time" --temperature 0 \
+        --impl chapters/04_attention/exercise.py
 
 The first says which checks pass, and what is wrong. The second writes text with the whole engine,
 in which your functions have taken the place of its own. Done? Write attention_torch and
@@ -31,7 +32,8 @@ def attention_np(q, k, v):
     q: [H, T, D]   k, v: [K, S, D]   ->   [H, T, D], in q's dtype
     Query head h reads key/value head h // (H/K). The T queries are the last of the S positions:
     query t stands at position S − T + t, and sees the keys up to that position, its own included.
-    Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.   Raises ValueError if H is no multiple of K.
+    Cost: 4·H·T·S·D FLOPs, and H·T·S scores in memory.
+    Raises ValueError if H is no multiple of K; check_shapes(q, k, v) does that.
     """
     raise NotImplementedError("attention_np is yours to write")
 

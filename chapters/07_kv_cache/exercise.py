@@ -4,7 +4,8 @@ Write code in the place of each `raise NotImplementedError`; the docstring says 
 and the README beside this file tells the story. Then, from the folder that holds chapters/:
 
     python -m minillm grade 07
-    python -m minillm generate --impl chapters/07_kv_cache/exercise.py "Once upon a time"
+    python -m minillm generate "Once upon a time" --temperature 0 \
+        --impl chapters/07_kv_cache/exercise.py
 
 The first says which checks pass, and what is wrong. The second writes text with the whole engine,
 in which your functions have taken the place of its own. Done? Write KVCacheTorch below, in

@@ -32,7 +32,8 @@ For each chapter: read `chapters/NN_.../README.md` and run the notebook of the s
 
 ```
 .venv/bin/python -m minillm grade 04
-.venv/bin/python -m minillm generate --impl chapters/04_attention/exercise.py "Once upon a time"
+.venv/bin/python -m minillm generate "Once upon a time" --temperature 0 \\
+    --impl chapters/04_attention/exercise.py
 ```
 
 The first says which checks pass and what is wrong. The second writes text with the finished

@@ -146,7 +146,8 @@ def grade(chapter, grader, submission, limits=None):
             if reason is None or report.labels and len(report.results) == len(report.labels):
                 return report
             if not worker.has_loaded and not report.results:
-                report.refused = f"{submission.name} does not load: {reason}; {hint}"
+                report.refused = (f"{submission.name} does not load: {reason}; {hint}, or a busy "
+                                  "machine: if in doubt, try again")
                 return report
             is_over = time.monotonic() >= ends_at
             if worker.has_loaded or not is_over:
