@@ -512,3 +512,7 @@ def test_what_is_imported_beside_own_work_is_not_handed_in(tmp_path):
     assert chapters_of(path) == ["05_model"]
     functions, unfilled = read_functions(path)
     assert list(functions) == ["forward_np"] and unfilled == []
+
+
+def test_an_argument_that_is_no_number_is_not_taken_for_a_changed_one():
+    assert Subject("f", lambda u: 1)(float("nan")) == 1

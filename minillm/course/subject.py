@@ -91,7 +91,9 @@ def fingerprint(value):
         return frozenset(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(fingerprint(entry) for entry in vars(value).values())
-    return value if isinstance(value, (int, float, str, bytes)) else None
+    if isinstance(value, float):
+        return repr(value)  # NaN is not equal to itself
+    return value if isinstance(value, (int, str, bytes)) else None
 
 
 def to_tensors(value):
