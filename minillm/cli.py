@@ -1,4 +1,4 @@
-"""python -m minillm: fetch, generate, chat, bench, grade, course.
+"""python -m minillm: fetch, generate, chat, bench, eval, quantize, grade, course.
 
 A user's mistake costs one line on standard error and exit code 2. With --json, standard output
 holds one JSON object and nothing else.
@@ -12,12 +12,15 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 from . import __version__
 from .course.commands import add_commands as add_course_commands
 from .course.commands import plugged_in
 from .errors import InputError
-from .loading.registry import ENTRIES, fetch
+from .evaluation_command import add_eval_flags, evaluate
+from .loading.registry import ENTRIES, fetch, resolve
+from .quantize_model import FORMATS
 from .sampling_params import SamplingParams
 
 EXIT_FAILURE = 1
@@ -119,10 +122,38 @@ def run_bench(args):
     run_benchmark(args.name, args.out)
 
 
+def run_eval(args):
+    evaluate(args, open_llm)
+
+
+def run_quantize(args):
+    """Write a model's weights in fewer bits to a file that can be loaded like any other."""
+    from .loading import open_checkpoint
+    from .loading.gguf_writer import check_gguf_format, write_gguf
+    from .loading.quantized_writer import check_output, write_quantized_file
+    from .quantize_model import parse_format, quantize_checkpoint
+
+    suffix = Path(args.out).suffix.lower()
+    if suffix not in (".safetensors", ".gguf"):
+        raise InputError(f"--out is {args.out!r}, must end in .safetensors (for minillm) or .gguf "
+                         "(for llama.cpp as well)")
+    check_format = check_gguf_format if suffix == ".gguf" else parse_format
+    check_format(args.quantize)
+    check_output(args.out, args.force)
+    checkpoint = open_checkpoint(resolve(args.model))
+    if suffix == ".gguf":
+        written = write_gguf(checkpoint, args.quantize, args.out)
+    else:
+        written = write_quantized_file(quantize_checkpoint(checkpoint, args.quantize), args.out)
+    print(f"{written.path}: {written.size_bytes / 1e6:.1f} MB, "
+          f"{written.bits_a_weight:.2f} bits a weight")
+
+
 def open_llm(args):
     from .llm import LLM
 
-    return LLM(args.model, args.backend or "torch", args.device, args.dtype, args.quantize)
+    return LLM(args.model, args.backend or "torch", args.device, args.dtype, args.quantize,
+               args.kv_dtype)
 
 
 def describe(llm, output):
@@ -136,7 +167,8 @@ def describe(llm, output):
         "backend": llm.runner.backend,
         "device": llm.runner.device,
         "dtype": llm.runner.dtype,
-        "quantize": None,
+        "quantize": llm.quantize,
+        "kv_dtype": llm.runner.kv_dtype,
     }
 
 
@@ -150,6 +182,7 @@ def summary(llm, output):
     if metrics.tpot_ms:
         parts.append(f"TPOT {metrics.tpot_ms:.1f} ms, {metrics.decode_tokens_per_s:.0f} tokens/s")
     where = f"{llm.runner.backend} {llm.runner.device} {llm.runner.dtype}"
+    where += f" {llm.quantize}" if llm.quantize else ""
     return f"[{' · '.join(parts)} · {where}]"
 
 
@@ -231,17 +264,33 @@ def build_parser():
     bench_command = command("bench", run_bench, "measure, write JSON, draw the figure")
     bench_command.add_argument("name", metavar="NAME|all")
     bench_command.add_argument("--out", metavar="FOLDER", help="instead of the chapter's results/")
+
+    eval_command = command("eval", run_eval, "what a compression costs in quality")
+    add_eval_flags(eval_command)
+    add_model_flags(eval_command)
+
+    quantize_command = command("quantize", run_quantize, "write a model in fewer bits to a file")
+    quantize_command.add_argument("model", metavar="MODEL",
+                                  help="a name, a .gguf file, a Hugging Face folder or hub id")
+    quantize_command.add_argument("--quantize", required=True, metavar="FORMAT",
+                                  help=f"into .safetensors: {FORMATS}; into .gguf: q8_0, q4_0")
+    quantize_command.add_argument("--out", required=True, metavar="FILE",
+                                  help="a .safetensors file, or a .gguf file for llama.cpp")
+    quantize_command.add_argument("--force", action="store_true", help="replace the file")
     add_course_commands(command)
     return parser
 
 
 def add_model_flags(parser):
     parser.add_argument("--model", default="smollm2-135m-instruct", metavar="M",
-                        help="a registered name, a .gguf file, a Hugging Face folder or hub id")
+                        help="a registered name, a .gguf file, a .safetensors file of minillm "
+                        "quantize, a Hugging Face folder or hub id")
     parser.add_argument("--backend", metavar="numpy|torch")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
-    parser.add_argument("--quantize", metavar="Q", help="no format is available yet")
+    parser.add_argument("--quantize", metavar="Q", help=f"how to store the weights: {FORMATS}")
+    parser.add_argument("--kv-dtype", default="auto", metavar="auto|int8",
+                        help="how to store keys and values")
 
 
 def add_sampling_flags(parser):

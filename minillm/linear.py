@@ -26,6 +26,10 @@ class Dense:
     weight: np.ndarray | torch.Tensor
     bias: np.ndarray | torch.Tensor | None = None
 
+    def converted(self, convert):
+        """The same matrix, its arrays taken to where `convert` takes them."""
+        return Dense(convert(self.weight), None if self.bias is None else convert(self.bias))
+
     def matmul_np(self, x):
         return x @ self.weight.T
 

@@ -16,6 +16,7 @@ from .generate import generate
 from .loading import open_checkpoint
 from .loading.registry import resolve
 from .model_runner import make_runner
+from .quantize_model import quantize_checkpoint
 from .request import Request
 from .sampling_params import SamplingParams
 
@@ -23,18 +24,21 @@ from .sampling_params import SamplingParams
 class LLM:
     """A model that answers.
 
-    model: a name in the registry (fetched on first use), a .gguf file, a Hugging Face style
-    folder, or a hub id.   backend: "torch" or "numpy".   device: "auto", "cpu", "cuda", "cuda:1".
+    model: a name in the registry (fetched on first use), a .gguf file, a .safetensors file that
+    `minillm quantize` wrote, a Hugging Face style folder, or a hub id.
+    backend: "torch" or "numpy".   device: "auto", "cpu", "cuda", "cuda:1".
     dtype: "auto", "float32", "bfloat16" or "float16"; NumPy computes in float32.
-    quantize: only None for now.
+    quantize: None, or how to store the weights: "int8", "int4", "w8a8", "native" and others, see
+    `quantize_model.py`.   kv_dtype: "auto", or "int8" for a KV cache of half the size.
     Raises InputError for what is not there, cannot be read or is not supported.
     """
 
     def __init__(self, model="smollm2-135m-instruct", backend="torch", device="auto", dtype="auto",
-                 quantize=None):
-        if quantize is not None:
-            raise InputError(f"quantize={quantize!r} is not available: leave it at None")
+                 quantize=None, kv_dtype="auto"):
         checkpoint = open_checkpoint(resolve(model))
+        if quantize is not None:
+            checkpoint = quantize_checkpoint(checkpoint, quantize)
+        self.quantize = checkpoint.quantize
         self.model = str(model)
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer()
@@ -45,7 +49,7 @@ class LLM:
         if max(self.stop_token_ids, default=0) >= self.vocab_size:
             raise InputError(f"{self.model} ends answers with token {max(self.stop_token_ids)}, "
                              f"and has only {self.vocab_size} tokens: get the model again")
-        self.runner = make_runner(checkpoint, backend, device, dtype)
+        self.runner = make_runner(checkpoint, backend, device, dtype, kv_dtype)
         self.template_sandbox = TemplateSandbox()
 
     def generate(self, prompts, params=None, progress=False):

@@ -16,8 +16,8 @@ from .config import ModelConfig
 from .exercise import exercise
 from .linear import Dense, embedding_np, embedding_torch, linear_np, linear_torch
 from .mlp import swiglu_np, swiglu_torch
-from .norm import rms_norm_np, rms_norm_torch
-from .rope import rope_angles_np, rope_angles_torch, rope_np, rope_torch
+from .norm import rms_norm_fused, rms_norm_np
+from .rope import rope_angles_np, rope_angles_torch, rope_fused, rope_np
 
 torch = lazy.load("torch")
 
@@ -107,21 +107,21 @@ def forward_np(weights, tokens, positions, cache, rows=None):
 
 
 def forward_torch(weights, tokens, positions, cache, rows=None):
-    """Same contract as forward_np."""
+    """Same contract as forward_np. (A `*_fused` step is `*_torch` in one call, where it can be.)"""
     N, eps, (H, K, D) = len(tokens), weights.config.rms_norm_eps, weights.config.heads
     x = embedding_torch(tokens, weights.embed_tokens)
     cos, sin = rope_angles_torch(positions, weights.inv_freq)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     for index, layer in enumerate(weights.layers):
-        h = rms_norm_torch(x, layer.input_layernorm, eps)
+        h = rms_norm_fused(x, layer.input_layernorm, eps)
         qkv = linear_torch(h, layer.qkv_proj).reshape(N, H + 2 * K, D)
         qk, v = qkv[:, : H + K], qkv[:, H + K :]
         if layer.qk_norm is not None:
-            qk = rms_norm_torch(qk, layer.qk_norm, eps)
-        qk = rope_torch(qk, cos, sin)
+            qk = rms_norm_fused(qk, layer.qk_norm, eps)
+        qk = rope_fused(qk, cos, sin)
         h = cache.attend(index, qk[:, :H], qk[:, H:], v).reshape(N, -1)
         x = x + linear_torch(h, layer.o_proj)
-        h = rms_norm_torch(x, layer.post_attention_layernorm, eps)
+        h = rms_norm_fused(x, layer.post_attention_layernorm, eps)
         x = x + swiglu_torch(h, layer.gate_proj, layer.up_proj, layer.down_proj)
     x = x if rows is None else x[rows]
-    return linear_torch(rms_norm_torch(x, weights.norm, eps), weights.lm_head)
+    return linear_torch(rms_norm_fused(x, weights.norm, eps), weights.lm_head)

@@ -7,25 +7,31 @@ what stands above it, generation and everything after, is written once.
 
 from __future__ import annotations
 
+import warnings
+
 import lazy_loader as lazy
 import numpy as np
 
 from .errors import InputError
+from .kernels import load_kernel
+from .kernels.quantized_matmul import for_kernel
 from .kv_cache import KVCache, KVCacheTorch
-from .linear import PackedDense
+from .kv_cache_int8 import KVCacheInt8, KVCacheInt8Torch
+from .linear import Dense, PackedDense
 from .loading.weights import load_weights
 from .model import forward_np, forward_torch
+from .quantized_linear import W8A8, for_cpu_operator
 from .sampling import sample_np, sample_torch, top_logprobs_np, top_logprobs_torch
 
 torch = lazy.load("torch")
 
 
-def make_runner(checkpoint, backend, device, dtype):
+def make_runner(checkpoint, backend, device, dtype, kv_dtype="auto"):
     """The runner for `backend` "numpy" or "torch".   Raises InputError for any other."""
     if backend == "numpy":
-        return NumpyRunner(checkpoint, device, dtype)
+        return NumpyRunner(checkpoint, device, dtype, kv_dtype)
     if backend == "torch":
-        return TorchRunner(checkpoint, device, dtype)
+        return TorchRunner(checkpoint, device, dtype, kv_dtype)
     raise InputError(f"backend {backend!r} is unknown: choose 'torch' or 'numpy'")
 
 
@@ -34,7 +40,7 @@ class NumpyRunner:
 
     backend = "numpy"
 
-    def __init__(self, checkpoint, device="auto", dtype="auto"):
+    def __init__(self, checkpoint, device="auto", dtype="auto", kv_dtype="auto"):
         if device not in ("auto", "cpu"):
             raise InputError(f"device {device!r} is not for NumPy: use 'cpu', or backend 'torch'")
         if dtype not in ("auto", "float32", "float64"):
@@ -42,9 +48,20 @@ class NumpyRunner:
                              "or use backend 'torch'")
         self.device = "cpu"
         self.dtype = "float32" if dtype == "auto" else dtype
-        self.weights = load_weights(checkpoint, lambda array: array.astype(self.dtype, copy=False))
+        self.kv_dtype = choose_kv_dtype(kv_dtype, self.dtype)
+        self.weights = load_weights(checkpoint, self._convert, self._convert_matrix)
+
+    def _convert(self, array):
+        return array.astype(self.dtype, copy=False)
+
+    def _convert_matrix(self, matrix, has_rows):
+        if isinstance(matrix, Dense):
+            return matrix.converted(self._convert)
+        return matrix.converted(np.asarray, self._convert, np.dtype(self.dtype))
 
     def new_cache(self, capacity):
+        if self.kv_dtype == "int8":
+            return KVCacheInt8(self.weights.config, capacity, self.dtype)
         return KVCache(self.weights.config, capacity, self.dtype)
 
     def forward(self, tokens, positions, cache, rows=None):
@@ -63,22 +80,50 @@ class TorchRunner:
 
     backend = "torch"
 
-    def __init__(self, checkpoint, device="auto", dtype="auto"):
+    def __init__(self, checkpoint, device="auto", dtype="auto", kv_dtype="auto"):
         self.torch_device = choose_device(device)
-        self.torch_dtype = choose_dtype(dtype, self.torch_device)
+        is_quantized = checkpoint.quantize is not None
+        self.torch_dtype = choose_dtype(dtype, self.torch_device, is_quantized)
         self.device = str(self.torch_device)
         self.dtype = str(self.torch_dtype).removeprefix("torch.")
-        self.weights = load_weights(checkpoint, self._convert)
+        self.kv_dtype = choose_kv_dtype(kv_dtype, self.dtype)
+        self.slow_shapes = set()  # of quantized matrices that no fast operator takes
+        self.weights = load_weights(checkpoint, self._convert, self._convert_matrix)
+        self._warn_of_slow_shapes()
         self.weights.inv_freq = torch.from_numpy(self.weights.inv_freq).to(self.torch_device)
         if self.dtype == "bfloat16" and self.device == "cpu" and has_onednn_bfloat16():
             self.weights.replace_layer_matrices(PackedDense)
 
     def _convert(self, array):
+        return self._move(array).to(self.torch_dtype)
+
+    def _move(self, array):
         # A memory-mapped array is read-only, and torch wants to be told that nobody will write.
         array = array if array.flags.writeable else array.copy()
-        return torch.from_numpy(array).to(self.torch_device, self.torch_dtype)
+        return torch.from_numpy(array).to(self.torch_device)
+
+    def _convert_matrix(self, matrix, has_rows):
+        if isinstance(matrix, Dense):
+            return matrix.converted(self._convert)
+        matrix = matrix.converted(self._move, self._convert, self.torch_dtype)
+        fast = for_kernel(matrix) if self.device == "cpu" else None
+        if fast is None and (isinstance(matrix, W8A8) or self.dtype == "bfloat16"):
+            fast = for_cpu_operator(matrix, has_rows) if self.device == "cpu" else None
+        if fast is None:
+            self.slow_shapes.add(matrix.shape)
+        return fast or matrix
+
+    def _warn_of_slow_shapes(self):
+        if self.slow_shapes:
+            shapes = ", ".join(map(str, sorted(self.slow_shapes)))
+            warnings.warn(f"no fast operator multiplies quantized matrices of {shapes} in "
+                          f"{self.dtype} on {self.device}: they are turned into floats at every "
+                          "use, which is slow", stacklevel=4)
 
     def new_cache(self, capacity):
+        if self.kv_dtype == "int8":
+            return KVCacheInt8Torch(self.weights.config, capacity, self.torch_dtype,
+                                    self.torch_device)
         return KVCacheTorch(self.weights.config, capacity, self.torch_dtype, self.torch_device)
 
     def forward(self, tokens, positions, cache, rows=None):
@@ -112,8 +157,13 @@ def choose_device(device):
     return chosen
 
 
-def choose_dtype(dtype, device):
-    """"auto" is bfloat16 wherever the hardware multiplies it, and float32 elsewhere."""
+def choose_dtype(dtype, device, is_quantized=False):
+    """"auto" is bfloat16 wherever the hardware multiplies it, and float32 elsewhere.
+
+    Quantized weights on a CPU: float32 for our own kernel; PyTorch's operators want bfloat16.
+    """
+    if dtype == "auto" and is_quantized and device.type == "cpu":
+        return torch.bfloat16 if load_kernel("quantized_matmul") is None else torch.float32
     if dtype == "auto":
         fast = device.type == "cuda" or has_onednn_bfloat16()
         return torch.bfloat16 if fast else torch.float32
@@ -121,6 +171,14 @@ def choose_dtype(dtype, device):
     if dtype not in known:
         raise InputError(f"dtype {dtype!r} is unknown: choose 'auto' or one of {', '.join(known)}")
     return known[dtype]
+
+
+def choose_kv_dtype(kv_dtype, dtype):
+    """"auto" keeps keys and values in the dtype of the model."""
+    if kv_dtype not in ("auto", "int8"):
+        raise InputError(f"kv_dtype {kv_dtype!r} is unknown: choose 'auto', the dtype of the "
+                         "model, or 'int8'")
+    return dtype if kv_dtype == "auto" else kv_dtype
 
 
 def has_onednn_bfloat16():

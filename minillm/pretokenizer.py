@@ -93,6 +93,7 @@ class Pretokenizer:
     """
 
     def __init__(self, family: str, added_tokens: Iterable[AddedToken] = (), nfc: bool = False):
+        self.family, self.nfc = family, nfc
         self.added_tokens = tuple(added_tokens)
         self._family_pattern = compile_family(family)
         self._normalize = normalize_nfc if nfc else str

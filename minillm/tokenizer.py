@@ -52,6 +52,7 @@ class Tokenizer:
         self.eos_token_id = eos_token_id
         self.add_bos_token = add_bos_token
         self.pretokenizer = pretokenizer
+        self.merges, self.ignore_merges = merges, ignore_merges
         self.special_tokens = {
             token.text: token.id for token in pretokenizer.added_tokens if token.special}
 

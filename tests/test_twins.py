@@ -11,7 +11,17 @@ PACKAGE = Path(minillm.__file__).parent
 
 # (file, function): why it has no twin.
 ALONE = {
+    ("calibration.py", "Watched.matmul_np"): "calibration runs in NumPy, for both backends",
+    ("quantized_matmul.py", "KernelMatrix.matmul_torch"): "our own kernel, a faster *.matmul_torch",
+    ("quantized_matmul.py", "KernelReference.rows_torch"): "those of the matrix that it holds",
+    ("quantized_matmul.py", "KernelInt4.rows_torch"): "a faster Int4.rows_torch",
     ("linear.py", "PackedDense.matmul_torch"): "oneDNN's layout, a faster Dense.matmul_torch",
+    # Operators of PyTorch, each a faster form of a class that has both; NumPy has none for bytes.
+    ("quantized_linear.py", "PackedInt8.matmul_torch"): "a faster Int8.matmul_torch",
+    ("quantized_linear.py", "PackedInt8.rows_torch"): "those of the Int8 that it holds",
+    ("quantized_linear.py", "PackedInt4.matmul_torch"): "a faster Int4.matmul_torch",
+    ("quantized_linear.py", "PackedInt4.rows_torch"): "those of the Int4 that it holds",
+    ("quantized_linear.py", "PackedInt8Groups.matmul_torch"): "a faster Int8.matmul_torch",
 }
 
 

@@ -3,11 +3,14 @@
 The module of a measurement has three functions. `measure()` returns {"arguments": ..., "samples":
 ...} and whatever else its figure needs; that is written as JSON, with the machine, the versions
 and the commit. `figure(result)` and `table(result)` make what is published, from that file alone.
+One that compares with an engine which is no requirement of minillm names it in REQUIRED_TO_PUBLISH
+{module: what pip installs}, and measures without it where nothing is published.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -30,6 +33,7 @@ BENCHMARKS = {
     "roofline": "05_model",
     "sampling": "06_sampling",
     "kv_cache": "07_kv_cache",
+    "quantization": "11_quantization",
     "peers": "peers",
 }
 
@@ -49,8 +53,10 @@ def run_benchmark(name, out=None):
     if out is None and not CHAPTERS.is_dir():
         raise InputError("an installed minillm has no chapters to write to: name a folder with "
                          "--out")
-    for each in tqdm(list(BENCHMARKS) if name == "all" else [name], desc="benchmarks",
-                     disable=name != "all"):
+    names = list(BENCHMARKS) if name == "all" else [name]
+    if out is None:
+        check_requirements(names)
+    for each in tqdm(names, desc="benchmarks", disable=name != "all"):
         folder = Path(out) if out else CHAPTERS / BENCHMARKS[each] / "results"
         folder.mkdir(parents=True, exist_ok=True)
         measurement = importlib.import_module(f"{__name__}.{each}")
@@ -59,3 +65,14 @@ def run_benchmark(name, out=None):
         (folder / f"{each}.json").write_text(json.dumps(result, indent=1) + "\n")
         draw.publish(folder, each, measurement)
         print(f"{each}: {folder}", file=sys.stderr)
+
+
+def check_requirements(names):
+    """Raise InputError, before minutes are spent, where a published table would lose its peers."""
+    for name in names:
+        measurement = importlib.import_module(f"{__name__}.{name}")
+        for module, requirement in getattr(measurement, "REQUIRED_TO_PUBLISH", {}).items():
+            if importlib.util.find_spec(module) is None:
+                raise InputError(f"the table of bench {name} compares with {module}, which is not "
+                                 f"installed: pip install {requirement}, or name a folder with "
+                                 "--out to measure without it")

@@ -6,13 +6,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 
-PACKAGES = ("minillm", "numpy", "torch", "transformers", "tokenizers")
+PACKAGES = ("minillm", "numpy", "torch", "transformers", "tokenizers", "llama-cpp-python")
 
 
 def describe_machine():
@@ -80,10 +81,29 @@ def flops(dtype, size=2048, repeats=5):
     return 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(repeats))
 
 
+def int8_ops(size=2048, repeats=5):
+    """Operations/s of a square product of signed bytes, which are summed in int32, in torch."""
+    import torch
+
+    a = torch.ones(size, size, dtype=torch.int8)
+    return 2 * size**3 / min(seconds(lambda: torch._int_mm(a, a)) for _ in range(repeats))
+
+
 def flops_numpy(size=2048, repeats=5):
     """The same in NumPy, whose BLAS is another library."""
     a = np.ones((size, size), dtype=np.float32)
     return 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(repeats))
+
+
+def peak_memory_bytes():
+    """The most memory that this process had resident at a time, with its libraries and the pages
+    of mapped files that it touched. Where there is no /proc: what getrusage says."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if platform.system() == "Darwin" else 1024 * largest
 
 
 def seconds(function):

@@ -1,95 +1,48 @@
 """How fast is minillm beside other engines, on the same machine, in the same run?
 
-Every contestant answers in a process of its own, so that no library's threads or memory disturb
-another's; the processes take turns, A B C A B C …, so that a noisy minute hits all of them. One
-turn is a greedy answer of 128 tokens to a prompt of 41, and a first token after a prompt of 512.
-Chapter folder: chapters/peers.
+Every contestant answers in a process of its own; the processes take turns, A B C A B C …, so that a
+noisy minute hits all of them. One turn is a greedy answer of 128 tokens to a prompt of 41, and a
+first token after a prompt of 512. Everybody reads the same GGUF file; llama.cpp also gets what it
+makes of it itself, in its formats Q4_0 and Q8_0. Chapter folder: chapters/peers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import multiprocessing
-import time
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ..loading.registry import fetch, resolve
 from . import draw, is_fast
-from .machine import flops, flops_numpy, read_bandwidth
+from .engines import Minillm, Transformers, in_process, open_workers, speeds_of, take_turns
+from .llamacpp import LLAMA_CPP, LlamaCpp, has_llama_cpp, requantize
+from .machine import flops, flops_numpy, int8_ops, read_bandwidth
 
 MODEL = "smollm2-135m-instruct"
 DECODE_PROMPT_TOKENS, DECODE_TOKENS, PREFILL_TOKENS = 41, 128, 512
+REQUIRED_TO_PUBLISH = {"llama_cpp": LLAMA_CPP}
+COLOURS = {"minillm": draw.BLUE, "transformers": draw.ORANGE, "llama.cpp": draw.PINK}
 
-
-class Minillm:
-    """This project, through its public interface."""
-
-    def __init__(self, backend, dtype):
-        from .. import LLM, SamplingParams
-
-        self.llm = LLM(MODEL, backend=backend, device="cpu", dtype=dtype)
-        self.params = lambda num: SamplingParams(temperature=0, max_tokens=num, ignore_eos=True)
-
-    def answer(self, prompt_token_ids, num_tokens):
-        """-> token ids, and the seconds from submission to each of them."""
-        output = self.llm.generate([prompt_token_ids], self.params(num_tokens))[0]
-        gaps_ms = [output.metrics.ttft_ms, *output.metrics.itl_ms]
-        return output.token_ids, running_sum([gap / 1000 for gap in gaps_ms])
-
-
-class Transformers:
-    """Hugging Face transformers: the same file, dequantized by it, and its own generate()."""
-
-    def __init__(self, dtype):
-        import torch
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        path = resolve(MODEL)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)).eval()
-        self.model.generation_config.eos_token_id = None  # as ignore_eos: exactly num_tokens
-
-    def answer(self, prompt_token_ids, num_tokens):
-        import torch
-
-        clock = TokenClock()
-        with torch.inference_mode():
-            ids = self.model.generate(torch.tensor([prompt_token_ids]), max_new_tokens=num_tokens,
-                                      do_sample=False, streamer=clock,
-                                      attention_mask=torch.ones(1, len(prompt_token_ids)))
-        return ids[0, len(prompt_token_ids):].tolist(), clock.times_s
-
-
-class TokenClock:
-    """What generate() calls a streamer: told of the prompt, then of every token as it comes."""
-
-    def __init__(self):
-        self.start_s = time.perf_counter()
-        self.times_s = []
-        self.seen_prompt = False
-
-    def put(self, value):
-        if self.seen_prompt:
-            self.times_s.append(time.perf_counter() - self.start_s)
-        self.seen_prompt = True
-
-    def end(self):
-        """generate() announces the end; nothing is left to do."""
-
-
-# name: (class, its arguments, the dtype it computes in)
+# name: (class, its arguments after the model, bits a weight in the layers and in the head, scales
+# included). The scale and the minimum of a group or a block are 16 bits each and serve 32 weights;
+# a row's scale is 32 bits for hundreds.
 CONTESTANTS = {
-    "minillm torch bf16": (Minillm, ("torch", "bfloat16"), "bfloat16"),
-    "transformers bf16": (Transformers, ("bfloat16",), "bfloat16"),
-    "minillm torch fp32": (Minillm, ("torch", "float32"), "float32"),
-    "minillm NumPy fp32": (Minillm, ("numpy", "float32"), "float32"),
-    "transformers fp32": (Transformers, ("float32",), "float32"),
+    "minillm native": (Minillm, ("torch", "auto", "native"), (5.0, 8.5)),
+    "minillm int4": (Minillm, ("torch", "auto", "int4"), (5.0, 8.5)),
+    "llama.cpp Q4_1": (LlamaCpp, (), (5.0, 8.5)),
+    "llama.cpp Q4_0": (LlamaCpp, (), (4.5, 8.5)),
+    "minillm int8": (Minillm, ("torch", "auto", "int8"), (8.05, 8.5)),
+    "minillm w8a8": (Minillm, ("torch", "auto", "w8a8"), (8.05, 8.5)),
+    "llama.cpp Q8_0": (LlamaCpp, (), (8.5, 8.5)),
+    "minillm torch bf16": (Minillm, ("torch", "bfloat16"), (16, 16)),
+    "transformers bf16": (Transformers, ("bfloat16",), (16, 16)),
+    "minillm torch fp32": (Minillm, ("torch", "float32"), (32, 32)),
+    "minillm NumPy fp32": (Minillm, ("numpy", "float32"), (32, 32)),
+    "transformers fp32": (Transformers, ("float32",), (32, 32)),
 }
+REQUANTIZED = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q8_0": "Q8_0"}  # by llama.cpp
 
 
 def measure():
@@ -100,32 +53,40 @@ def measure():
     decode_prompt = text_token_ids[:DECODE_PROMPT_TOKENS]
     prefill_prompt = text_token_ids[: 64 if is_fast() else PREFILL_TOKENS]
 
-    limits = in_process(measure_limits)
-    workers = {name: Worker(name) for name in CONTESTANTS}
-    samples, answers = [], {}
-    try:
-        for worker in workers.values():  # warm-up: allocators, thread pools, first-call set-up
-            worker.answer(decode_prompt, 4)
-            worker.answer(prefill_prompt, 1)
-        turns = [(number, name) for number in range(rounds) for name in workers]
-        for number, name in tqdm(turns, desc="peers", unit="turn"):
-            token_ids, times_s = workers[name].answer(decode_prompt, num_tokens)
-            _, prefill_times_s = workers[name].answer(prefill_prompt, 1)
-            answers[name] = token_ids
-            samples.append({"contestant": name, "round": number, "token_times_s": times_s,
-                            "prefill_s": prefill_times_s[0]})
-    finally:
-        for worker in workers.values():
-            worker.close()
+    is_complete = has_llama_cpp()
+    contestants = {name: entry for name, entry in CONTESTANTS.items()
+                   if entry[0] is not LlamaCpp or is_complete}
+    limits = in_process(measure_peer_limits)
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_files(contestants, Path(folder))
+        entries = {name: (engine, files[name], *arguments)
+                   for name, (engine, arguments, _) in contestants.items()}
+        with open_workers(entries) as workers:
+            samples, answers = take_turns(workers, rounds, decode_prompt, num_tokens,
+                                          prefill_prompt)
+            memory = {name: worker.peak_memory_bytes() for name, worker in workers.items()}
     return {
         "arguments": {"model": MODEL, "rounds": rounds,
                       "decode_prompt_tokens": len(decode_prompt), "decode_tokens": num_tokens,
                       "prefill_tokens": len(prefill_prompt)},
         "limits": limits,
-        "dtypes": {name: dtype for name, (_, _, dtype) in CONTESTANTS.items()},
+        "contestants": {
+            name: {"bits": bits, "load_s": workers[name].load_s,
+                   "memory_before_bytes": workers[name].memory_before_bytes,
+                   "peak_memory_bytes": memory[name]}
+            for name, (_, _, bits) in contestants.items()},
         "answers": answers,
         "samples": samples,
     }
+
+
+def make_files(contestants, folder):
+    """-> {contestant: the model that it loads}, after making those that llama.cpp has to make."""
+    files = dict.fromkeys(contestants, MODEL)
+    for name in tqdm(REQUANTIZED.keys() & contestants.keys(), desc="requantize", leave=False):
+        files[name] = folder / f"{REQUANTIZED[name]}.gguf"
+        requantize(MODEL, files[name], REQUANTIZED[name])
+    return files
 
 
 def read_prompt():
@@ -154,64 +115,34 @@ def measure_limits():
     }
 
 
-class Worker:
-    """A contestant in a process of its own, asked one question at a time."""
-
-    def __init__(self, name):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(name, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def answer(self, prompt_token_ids, num_tokens):
-        self.pipe.send((prompt_token_ids, num_tokens))
-        return self.pipe.recv()
-
-    def close(self):
-        self.pipe.close()  # which ends `serve`
-        self.process.join()
+def measure_peer_limits():
+    """The same, with what few bits change: int8 products, and weights that fit in a cache."""
+    limits = measure_limits()
+    limits["flops_per_s"]["int8"] = int8_ops(256 if is_fast() else 2048)
+    sizes = {token_bytes(limits, bits) for _, _, bits in CONTESTANTS.values()}
+    limits["read_again"] = [[size, read_bandwidth(size, repeats=20)] for size in sorted(sizes)]
+    return limits
 
 
-def serve(name, pipe):
-    """Runs in the worker's process, until the pipe closes."""
-    make, arguments, _ = CONTESTANTS[name]
-    contestant = make(*arguments)
-    while True:
-        try:
-            question = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(contestant.answer(*question))
-
-
-def in_process(function):
-    """function(), in a process that ends with it: its threads and memory are gone afterwards."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function)
-
-
-def running_sum(numbers):
-    total, sums = 0.0, []
-    for number in numbers:
-        total += number
-        sums.append(total)
-    return sums
+def token_bytes(limits, bits):
+    """Bytes of weights that a decoded token reads.   bits: a weight, of the layers and the head."""
+    return round((limits["layer_params"] * bits[0] + limits["head_params"] * bits[1]) / 8)
 
 
 def figure(result):
     """Decode and prefill speed of every contestant, with the machine's limits."""
-    picture, axes = draw.new_figure(1, 2, height=3.0)
     rows = rows_of(result)
+    picture, axes = draw.new_figure(1, 2, height=0.9 + 0.28 * len(rows))
     prefill_title = f"prefill of {result['arguments']['prefill_tokens']}"
     for axis, key, title in zip(axes, ("decode", "prefill"), ("decode, 1 sequence", prefill_title)):
         for y, row in enumerate(rows):
-            colour = draw.BLUE if row["name"].startswith("minillm") else draw.ORANGE
-            axis.barh(y, row[key], color=colour, height=0.62)
+            axis.barh(y, row[key], color=COLOURS[row["engine"]], height=0.62)
             axis.plot(row[f"{key}_samples"], [y] * len(row[f"{key}_samples"]), ".", color="black",
                       markersize=3)
             axis.plot([row[f"{key}_limit"]] * 2, [y - 0.4, y + 0.4], color=draw.GREEN, linewidth=2)
-            axis.text(max(row[f"{key}_samples"]), y, f"  {row[key]:.0f}", va="center", fontsize=8)
+            axis.annotate(f"{row[key]:.0f}", (max(row[f"{key}_samples"]), y), (7, 0), va="center",
+                          textcoords="offset points",  # on white, for the limit may be near
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
         axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axis.invert_yaxis()
         axis.set_xlabel("tokens/s (median; dots: rounds; green: limit)")
@@ -223,44 +154,83 @@ def figure(result):
 def rows_of(result):
     """One row a contestant: medians, samples and limits, in tokens/s."""
     limits, prefill_tokens = result["limits"], result["arguments"]["prefill_tokens"]
+    read_again = dict(limits["read_again"])
     rows = []
-    for name, dtype in result["dtypes"].items():
+    for name, about in result["contestants"].items():
         samples = [sample for sample in result["samples"] if sample["contestant"] == name]
-        decode = [(len(times) - 1) / (times[-1] - times[0])
-                  for times in (sample["token_times_s"] for sample in samples)]
-        prefill = [prefill_tokens / sample["prefill_s"] for sample in samples]
-        layers, head = limits["layer_params"], limits["head_params"]
-        token_bytes = (layers + head) * (2 if dtype == "bfloat16" else 4)
-        prefill_flops = 2 * (layers * prefill_tokens + head)
+        decode, prefill = speeds_of(samples, prefill_tokens)
+        prefill_flops = 2 * (limits["layer_params"] * prefill_tokens + limits["head_params"])
+        size = token_bytes(limits, about["bits"])
         rows.append({
-            "name": name, "dtype": dtype,
+            **about, "name": name, "engine": name.partition(" ")[0], "token_bytes": size,
             "decode": float(np.median(decode)), "decode_samples": decode,
-            "decode_limit": limits["read_bytes_per_s"] / token_bytes,
+            "decode_limit": read_again[size] / size,
             "prefill": float(np.median(prefill)), "prefill_samples": prefill,
-            "prefill_limit": prefill_tokens * limits["flops_per_s"][dtype] / prefill_flops,
+            "prefill_limit": (prefill_tokens * arithmetic_limit(limits, about["bits"][0])
+                              / prefill_flops),
         })
     return rows
 
 
+def arithmetic_limit(limits, bits):
+    """Operations/s; with few bits an engine may choose the numbers that it multiplies."""
+    flops_per_s = limits["flops_per_s"]
+    names = {32: ("float32",), 16: ("float32", "bfloat16")}.get(bits, flops_per_s)
+    return max(flops_per_s[name] for name in names)
+
+
 def table(result):
-    """Markdown; every ratio is the median over the rounds of the ratio within a round."""
+    """Markdown, decoding and the rest; every ratio is the median over the rounds of the ratio
+    within a round."""
     rows = {row["name"]: row for row in rows_of(result)}
-    lines = ["| | decode, tok/s | × transformers | prefill, tok/s | × transformers |",
-             "| --- | --- | --- | --- | --- |"]
-    for name, row in rows.items():
-        base = rows["transformers bf16" if row["dtype"] == "bfloat16" else "transformers fp32"]
-        cells = [name]
-        for key in ("decode", "prefill"):
-            low, high = min(row[f"{key}_samples"]), max(row[f"{key}_samples"])
-            cells.append(f"{row[key]:.0f} ({low:.0f}–{high:.0f})")
-            ratios = np.divide(row[f"{key}_samples"], base[f"{key}_samples"])
-            cells.append("1" if row is base else f"{np.median(ratios):.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = ["| decode, 1 sequence | MB a token | tokens/s | limit | × transformers | "
+             "× llama.cpp |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows.values():
+        bases = (rows.get(transformers_peer(row)), rows.get(llama_cpp_peer(row)))
+        lines.append(f"| {row['name']} | {row['token_bytes'] / 1e6:.0f} | {speed(row, 'decode')} | "
+                     f"{row['decode_limit']:.0f} | {ratios(row, bases, 'decode')} |")
+    fastest = max((row for row in rows.values() if row["engine"] == "llama.cpp"),
+                  key=lambda row: row["prefill"], default=None)
+    lines += ["", f"| prefill of {result['arguments']['prefill_tokens']}, and loading | tokens/s | "
+              "limit | × transformers | × llama.cpp's fastest | load, s | peak memory, MB |",
+              "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in rows.values():
+        bases = rows.get(transformers_peer(row)), fastest
+        lines.append(
+            f"| {row['name']} | {speed(row, 'prefill')} | {row['prefill_limit']:.0f} | "
+            f"{ratios(row, bases, 'prefill')} | {row['load_s']:.1f} | "
+            f"{row['peak_memory_bytes'] / 1e6:.0f} ({row['memory_before_bytes'] / 1e6:.0f}) |")
     machine, arguments = result["machine"], result["arguments"]
-    versions = machine["versions"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in (
+        "torch", "transformers", "llama-cpp-python") if machine["versions"].get(name))
     lines += ["", f"{machine['cores']} cores of {machine['cpu']}, "
-              f"{result['limits']['read_bytes_per_s'] / 1e9:.0f} GB/s; torch {versions['torch']}, "
-              f"transformers {versions['transformers']}; {arguments['rounds']} interleaved rounds, "
-              f"median (lowest–highest); {arguments['decode_prompt_tokens']}-token prompt, "
-              f"{arguments['decode_tokens']} new tokens; {machine['date']}."]
+              f"{result['limits']['read_bytes_per_s'] / 1e9:.0f} GB/s; {versions}; "
+              f"{arguments['rounds']} interleaved rounds, median (lowest–highest); "
+              f"{arguments['decode_prompt_tokens']}-token prompt, {arguments['decode_tokens']} new "
+              f"tokens; one load each; in brackets behind the peak: the libraries alone; "
+              f"{machine['date']}."]
     return "\n".join(lines)
+
+
+def transformers_peer(row):
+    """Which row of transformers it is compared with: the same dtype, bf16 for fewer bits."""
+    return "transformers fp32" if row["bits"][0] == 32 else "transformers bf16"
+
+
+def llama_cpp_peer(row):
+    """Which row of llama.cpp it is compared with: of like bits in the layers, or none."""
+    bits = row["bits"][0]
+    return "llama.cpp Q4_1" if bits < 8 else "llama.cpp Q8_0" if bits < 16 else None
+
+
+def speed(row, key):
+    low, high = min(row[f"{key}_samples"]), max(row[f"{key}_samples"])
+    return f"{row[key]:.0f} ({low:.0f}–{high:.0f})"
+
+
+def ratios(row, bases, key):
+    """A cell for each base: 1 for itself, – where there is none."""
+    return " | ".join(
+        "–" if base is None else "1" if base is row else
+        f"{np.median(np.divide(row[f'{key}_samples'], base[f'{key}_samples'])):.2f}"
+        for base in bases)

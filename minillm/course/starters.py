@@ -19,13 +19,13 @@ from .exercises import all_exercises, course_folder, exercises_of, starter_path
 from .submission import defined_names, is_unfilled, parse_submission
 
 HEADER = '''\
-"""Exercise of chapter {chapter}: write {names}.
+{title}
 
 Write code in the place of each `raise NotImplementedError`; the docstring says what it has to do,
 and the README beside this file tells the story. Then, from the folder that holds chapters/:
 
     python -m minillm grade {number}
-    python -m minillm generate "Once upon a time" --temperature 0 \\
+    python -m minillm generate "Once upon a time" --temperature 0 {flags}\\
         --impl chapters/{chapter}/exercise.py
 
 The first says which checks pass, and what is wrong. The second writes text with the whole engine,
@@ -34,6 +34,8 @@ in which your functions have taken the place of its own.{twins}
 
 from __future__ import annotations
 '''
+
+GENERATE_FLAGS = {"11_quantization": "--quantize int4 "}  # without it, nothing would call them
 
 LETTERS = {  # the README's table of shapes
     "B": "sequences", "T": "new tokens of one sequence",
@@ -89,7 +91,9 @@ def _header(chapter, exercises):
     letters = " · ".join(f"{letter} {LETTERS[letter]}" for letter in LETTERS if letter in used)
     text = HEADER.format(
         chapter=chapter, number=chapter.partition("_")[0], twins="\0",
-        names=_listed([each.name for each in exercises]),
+        flags=GENERATE_FLAGS.get(chapter, ""),
+        title=textwrap.fill(f'"""Exercise of chapter {chapter}: write '
+                            f"{_listed([each.name for each in exercises])}.", 99),
         letters="\n" + textwrap.fill(f"Shapes: {letters}.", 99) + "\n" if letters else "")
     last = "in which your functions have taken the place of its own.\0"
     return text.replace(last, textwrap.fill(last.removesuffix("\0") + extra, 99))

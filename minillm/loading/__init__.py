@@ -1,4 +1,4 @@
-"""The outside world: checkpoints in the two formats that hold numbers and no code."""
+"""The outside world: checkpoints, in formats that hold numbers and no code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from pathlib import Path
 
 
 def open_checkpoint(path: Path):
-    """A GGUFFile or a HuggingFaceFolder: two formats, one interface (config, tensor, tokenizer)."""
+    """A GGUFFile, a HuggingFaceFolder or a QuantizedFile: three formats, one interface."""
     if path.is_dir():
         from .safetensors import HuggingFaceFolder
 
         return HuggingFaceFolder(path)
+    if path.suffix.lower() == ".safetensors":
+        from .quantized_file import QuantizedFile
+
+        return QuantizedFile(path)
     from .gguf import GGUFFile
 
     return GGUFFile(path)

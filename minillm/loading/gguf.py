@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from .checkpoint import Checkpoint
 from .gguf_blocks import dequantize
 from .gguf_config import (
     architecture_from_gguf,
@@ -52,7 +53,7 @@ PROJECTION_NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"  # no weight of the model: it has no name at Hugging Face
 
 
-class GGUFFile:
+class GGUFFile(Checkpoint):
     """A checkpoint in one .gguf file, with the interface of `safetensors.HuggingFaceFolder`.
 
     config: ModelConfig                    metadata: every key of the file
@@ -85,10 +86,7 @@ class GGUFFile:
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor as a fresh float32 array of that shape."""
         block_format, raw = self.blocks(name)
-        stored_shape = self._infos[name].shape
-        if stored_shape != tuple(shape):
-            raise InputError(f"{self.path}: tensor {name!r} has shape {list(stored_shape)}, the "
-                             f"file's keys imply {list(shape)}: get the file again")
+        self.check_shape(name, shape)
         try:
             return dequantize(block_format, raw)
         except InputError as error:
@@ -109,6 +107,13 @@ class GGUFFile:
         elif self._architecture == "llama" and ".k_proj." in name:
             raw = self._reorder(info, raw, self.config.num_key_value_heads)
         return info.block_format, raw
+
+    def check_shape(self, name, shape):
+        """Raise InputError unless the file's tensor `name` has this shape."""
+        stored_shape = self._infos[name].shape
+        if stored_shape != tuple(shape):
+            raise InputError(f"{self.path}: tensor {name!r} has shape {list(stored_shape)}, the "
+                             f"file's keys imply {list(shape)}: get the file again")
 
     def tokenizer(self):
         from ..tokenizer import Tokenizer

@@ -122,7 +122,8 @@ def fetch(name: str, verify: bool = True) -> Path:
 
 
 def resolve(model: str | os.PathLike) -> Path:
-    """The .gguf file or the folder that `model` stands for; fetched where it has to be.
+    """The .gguf file, the folder or the quantized .safetensors file that `model` stands for;
+    fetched where it has to be.
 
     A registered name comes first (write ./name for a folder called so), then an existing path,
     then a hub id "org/name".
@@ -140,6 +141,11 @@ def resolve(model: str | os.PathLike) -> Path:
         raise InputError(f"{model} is a pickle by its suffix, and opening a pickle runs code: "
                          "give a .gguf file, or a folder with *.safetensors")
     if os.path.isdir(path) or (os.path.isfile(path) and path.suffix.lower() == ".gguf"):
+        return path
+    if os.path.isfile(path) and path.suffix.lower() == ".safetensors":
+        from .quantized_file import read_metadata
+
+        read_metadata(path)  # one of a Hugging Face model is a part of its folder, and refused
         return path
     if os.path.exists(path):
         raise InputError(f"{model} is no .gguf file: give one, or the folder that holds "
@@ -162,7 +168,8 @@ def _unknown(name: str, what: str, kind: str | None = None) -> str:
 
 def _is_hub_id(name: str) -> bool:
     """Like "org/name"; nothing that could be meant as a path to a file."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not name.endswith(".gguf")
+    return (bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name))
+            and not name.endswith((".gguf", ".safetensors")))
 
 
 def _is_whole(path: Path, entry: Entry, verify: bool) -> bool:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import ModelConfig
 from ..errors import InputError
+from .checkpoint import Checkpoint
 from .config_json import config_from_json
 
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -38,7 +39,7 @@ class StoredTensor(NamedTuple):
     offset: int
 
 
-class HuggingFaceFolder:
+class HuggingFaceFolder(Checkpoint):
     """A checkpoint: config.json, *.safetensors, tokenizer.json and their companions.
 
     Headers are read at once, so that a broken file is found before minutes of loading; tensors
@@ -140,7 +141,7 @@ def refuse_pickle(path: Path) -> None:
 def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        return _read_header(whole)
+        return read_header(whole)
     if index.is_file():
         return _read_shards(index)
     for file in sorted(folder.iterdir()):
@@ -164,7 +165,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         if not (index.parent / shard).is_file():
             raise InputError(f"{index.parent / shard} is missing, which {index.name} lists: "
                              "download it too")
-        shards[shard] = _read_header(index.parent / shard)
+        shards[shard] = read_header(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise InputError(f"{index.parent / shard} has no tensor {name!r:.80}, which "
@@ -172,7 +173,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="numpy"):  # checks every length, shape and offset
             pass

@@ -1,40 +1,41 @@
-"""From a checkpoint's tensors to the weights that `forward_*` reads, one tensor at a time.
+"""From a checkpoint's tensors to the weights that `forward_*` reads, one matrix at a time.
 
-The checkpoint (a GGUF file or a Hugging Face folder) says what the numbers are; `convert` says
-where they go: a dtype, a device. At no moment is more than one tensor in memory twice.
+The checkpoint says what the numbers are; `convert` and `convert_matrix` say where they go: a dtype,
+a device, an order of bytes. At no moment is more than one matrix in memory twice.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..linear import Dense
 from ..model import LayerWeights, Weights
 from ..rope import rope_frequencies
 
 
-def load_weights(checkpoint, convert):
+def load_weights(checkpoint, convert, convert_matrix=None):
     """Build `Weights` from a checkpoint.
 
-    checkpoint: `.config`, `.tensor(name, shape)` -> np.ndarray float32, `.rope_freq_factors`.
-    convert: np.ndarray -> the array or tensor that the forward pass will read.
+    checkpoint: a `loading.checkpoint.Checkpoint`.
+    convert: np.ndarray -> the array or tensor that the forward pass will read, for norms.
+    convert_matrix(matrix, has_rows): the same for the objects that multiply, whatever
+    checkpoint.matrix returns; has_rows is True for the embedding, whose rows are looked up.
+    None: they are Dense, and their arrays are converted as those of the norms.
     Raises InputError where a tensor is missing or has another shape than the configuration says.
     """
     config = checkpoint.config
     V, C, F = config.vocab_size, config.hidden_size, config.intermediate_size
     H, K, D = config.heads
+    convert_matrix = convert_matrix or (lambda matrix, has_rows: matrix.converted(convert))
 
     def vector(name, size):
         return convert(checkpoint.tensor(f"{name}.weight", (size,)))
 
     def matrix(name, out_size, in_size, bias=False):
-        return stacked([(name, out_size)], in_size, bias)
+        return stacked(name, [(name, out_size)], in_size, bias)
 
-    def stacked(parts, in_size, bias=False):
-        """One matrix of several: a product of many rows costs less than several of few."""
-        weights = [checkpoint.tensor(f"{name}.weight", (size, in_size)) for name, size in parts]
-        biases = [checkpoint.tensor(f"{name}.bias", (size,)) for name, size in parts if bias]
-        return Dense(convert(join(weights)), convert(join(biases)) if bias else None)
+    def stacked(name, parts, in_size, bias=False):
+        return convert_matrix(checkpoint.matrix(name, parts, in_size, bias),
+                              has_rows=name == "model.embed_tokens")
 
     def head_norms(attention):
         q_norm = checkpoint.tensor(f"{attention}.q_norm.weight", (D,))
@@ -43,10 +44,11 @@ def load_weights(checkpoint, convert):
 
     def layer(prefix):
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        qkv = [(f"{attention}.q_proj", H * D), (f"{attention}.k_proj", K * D),
+               (f"{attention}.v_proj", K * D)]
         return LayerWeights(
             input_layernorm=vector(f"{prefix}.input_layernorm", C),
-            qkv_proj=stacked([(f"{attention}.q_proj", H * D), (f"{attention}.k_proj", K * D),
-                              (f"{attention}.v_proj", K * D)], C, config.attention_bias),
+            qkv_proj=stacked(f"{attention}.qkv_proj", qkv, C, config.attention_bias),
             o_proj=matrix(f"{attention}.o_proj", C, H * D, config.attention_out_bias),
             post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm", C),
             gate_proj=matrix(f"{mlp}.gate_proj", F, C, config.mlp_bias),
@@ -64,7 +66,3 @@ def load_weights(checkpoint, convert):
         lm_head=embed_tokens if config.tie_word_embeddings else matrix("lm_head", V, C),
         inv_freq=rope_frequencies(config, checkpoint.rope_freq_factors),
     )
-
-
-def join(arrays):
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,0 +1,19 @@
+"""symmetric is not looked at"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minillm.quantization import check_group_size, round_to_float16_np, split_groups_np
+
+
+def quantize_group_np(weight, group_size, symmetric=False):
+    check_group_size(group_size)
+    groups = split_groups_np(weight.astype(np.float32), group_size)
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    scale = (high - low) / 15
+    scale = round_to_float16_np(scale)
+    scale = np.where(scale == 0, np.ones_like(scale), scale)
+    minimum = round_to_float16_np(low)
+    q = np.round((groups - minimum[:, :, None]) / scale[:, :, None]).clip(0, 15)
+    return q.astype(np.uint8).reshape(len(weight), -1)[:, : weight.shape[1]], scale, minimum
