@@ -140,7 +140,11 @@ def run_quantize(args):
     check_format = check_gguf_format if suffix == ".gguf" else parse_format
     check_format(args.quantize)
     check_output(args.out, args.force)
-    checkpoint = open_checkpoint(resolve(args.model))
+    source = resolve(args.model)
+    if Path(args.out).resolve() == source.resolve() or Path(args.out).resolve().parent == \
+            source.resolve():
+        raise InputError(f"--out {args.out} is a file of the model that is read: give another path")
+    checkpoint = open_checkpoint(source)
     if suffix == ".gguf":
         written = write_gguf(checkpoint, args.quantize, args.out)
     else:

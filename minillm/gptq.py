@@ -4,7 +4,7 @@ So that they can make up for the error. Rounding to nearest minimises the error 
 what counts is the error of the products, ||X·Wᵀ − X·Qᵀ||², with X the activations that the matrix
 meets. There the errors of two columns that are active together can cancel. GPTQ rounds one column
 after the other, and moves what each lost into the columns that are not rounded yet: how much into
-which is in the inverse of H = Xᵀ·X              (Frantar et al. 2023, "GPTQ", §3 and algorithm 1).
+which is in the inverse of H = Xᵀ·X              (Frantar et al. 2022, "GPTQ", §3 and algorithm 1).
 
 Three choices belong to this form. Columns are rounded in the order of their activations' energy,
 the largest first, while many are left to make up for them ("act-order" in the authors' code). The

@@ -48,10 +48,11 @@ def rms_norm_fused(x, weight, eps):
     Six operations of PyTorch on 576 numbers cost many times what their arithmetic does. What the
     kernel does not take goes to rms_norm_torch.
     """
+    C = x.shape[-1]
     kernel = decode_op("rms_norm") if is_small_float32(x) and is_small_float32(weight) else None
-    if kernel is None or weight.dim() > 1 or not x.is_contiguous():
+    are_rows = x.is_contiguous() and weight.is_contiguous() and weight.shape == (C,)
+    if kernel is None or not are_rows:
         return rms_norm_torch(x, weight, eps)
     y = torch.empty_like(x)
-    C = x.shape[-1]
     kernel(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), x.numel() // C, C)
     return y

@@ -29,7 +29,7 @@ def quantize_int8_np(x):
 
     x: [rows, columns] float  ->  q [rows, columns] int8 in −127 … 127, scale [rows, 1] float32.
     −128 is not used, so that a range and its mirror image are one. A row of zeros has q = 0, and
-    any scale but 0; so has one of numbers below 1e-30, since a 127th of them may be 0 in float32.
+    any scale but 0; so may one of numbers below 1e-30, since a 127th of them may be 0 in float32.
     The scale of a row with a NaN or an infinity is not finite, so that the mistake stays visible.
 
     >>> q, scale = quantize_int8_np(np.array([[0.6, -1.0, 0.25]]))
@@ -59,15 +59,16 @@ def quantize_group_np(weight, group_size, symmetric=False):
         q = round((value − minimum) / scale), clipped to 0 … 15;     value ≈ scale·q + minimum
 
     Symmetric puts the number of largest magnitude on q = 0 exactly, whatever its sign, for which
-    the scale may be negative; then the minimum need not be stored. Scale and minimum are rounded to
-    float16, as files keep them, before q is chosen: rounding q makes up for it.
+    the scale may be negative; then the minimum need not be stored. The scale, and the minimum of an
+    asymmetric group, are rounded to float16, as files keep them, before q is chosen: rounding q
+    makes up for it. A symmetric minimum is −8 times the rounded scale, and not rounded again.
 
     weight: [rows, columns]  ->  q [rows, columns] uint8, scale and minimum float32, each
     [rows, ⌈columns/group_size⌉]. Where group_size does not divide the columns, the last group of a
-    row is the short one. A group in which all numbers are equal has scale 1 and q = 0 (asymmetric).
-    A symmetric group of zeros may have any scale and q for which scale·q + minimum is 0. Scale and
-    minimum stop at float16's ends, ±65504, also for infinities; a NaN makes its group NaN.
-    Raises ValueError if group_size < 1.
+    row is the short one. An asymmetric group whose rounded scale would be 0, for one in which all
+    numbers are equal, has scale 1 and q = 0. A symmetric group of zeros may have any scale and q
+    for which scale·q + minimum is 0. What is rounded stops at float16's ends, ±65504; a NaN makes
+    its group NaN.   Raises ValueError if group_size < 1.
 
     >>> q, scale, minimum = quantize_group_np(np.array([[0.0, 15.0, 1.75, -2.0]]), 2)
     >>> q.tolist(), scale.tolist(), minimum.tolist()

@@ -22,14 +22,13 @@ from .gptq import gptq_np
 from .linear import Dense
 from .loading.checkpoint import Checkpoint, join
 from .loading.gguf import GGUFFile
-from .loading.gguf_blocks import read_q4_0, read_q4_1, read_q8_0
+from .loading.gguf_blocks import quantize_q8_0, read_q4_0, read_q4_1, read_q8_0
 from .loading.weights import load_weights
 from .quantization import (
     dequantize_group_np,
     pack_int4_np,
     quantize_group_np,
     quantize_int8_np,
-    round_to_float16_np,
 )
 from .quantized_linear import W8A8, Int4, Int8, row_tiles
 from .smoothquant import smooth_layer
@@ -69,7 +68,8 @@ def parse_format(text):
     if groups:
         return QuantizationFormat("int4", int(groups[1] or 32), bool(groups[2]),
                                   gptq=bool(groups[3]))
-    raise InputError(f"quantize={text!r} is unknown: choose {FORMATS}")
+    in_gguf = " (q8_0 and q4_0 are written to .gguf files)" if text in ("q8_0", "q4_0") else ""
+    raise InputError(f"quantize={text!r} is unknown: choose {FORMATS}{in_gguf}")
 
 
 def quantize_checkpoint(checkpoint, quantize):
@@ -79,7 +79,7 @@ def quantize_checkpoint(checkpoint, quantize):
     """
     if checkpoint.quantize is not None:
         raise InputError(f"{checkpoint.path} is quantized already, as {checkpoint.quantize}: "
-                         "leave quantize at None")
+                         "give the model that it was made from, or leave quantize at None")
     return QuantizedCheckpoint(checkpoint, quantize)
 
 
@@ -91,7 +91,7 @@ class QuantizedCheckpoint(Checkpoint):
     """
 
     def __init__(self, checkpoint, quantize):
-        self.checkpoint = checkpoint
+        self.checkpoint = FiniteCheckpoint(checkpoint)
         self.quantize = quantize
         self.format = parse_format(quantize)
         self.config = checkpoint.config
@@ -103,9 +103,9 @@ class QuantizedCheckpoint(Checkpoint):
                              "would keep: give a .gguf file, or choose another format")
         self.ready = {}  # matrices and tensors by name
         if self.format.gptq:
-            self.ready = gptq_layers(checkpoint, self.format)
+            self.ready = gptq_layers(self.checkpoint, self.format)
         elif self.format.smooth:
-            self.ready = smoothed_layers(checkpoint, self.format)
+            self.ready = smoothed_layers(self.checkpoint, self.format)
 
     def tokenizer(self):
         return self.checkpoint.tokenizer()
@@ -117,12 +117,26 @@ class QuantizedCheckpoint(Checkpoint):
         if name in self.ready:
             return self.ready[name]
         if self.format.method == "native":
-            return native_matrix(self.checkpoint, name, parts, in_size, bias)
+            return native_matrix(self.checkpoint.checkpoint, name, parts, in_size, bias)
         dense = self.checkpoint.matrix(name, parts, in_size, bias)
-        if not np.isfinite(dense.weight).all():
-            raise InputError(f"{self.checkpoint.path}: {name} holds NaN or infinities, which have "
-                             "no scale: get the checkpoint again")
         return quantize_matrix(dense, self.format, is_layer=".layers." in name)
+
+
+class FiniteCheckpoint(Checkpoint):
+    """A checkpoint whose numbers are numbers. A NaN or an infinity has no scale, and would be gone
+    once it is quantized."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
+        self.rope_freq_factors = checkpoint.rope_freq_factors
+
+    def tensor(self, name, shape):
+        tensor = self.checkpoint.tensor(name, shape)
+        if not np.isfinite(tensor).all():
+            raise InputError(f"{self.path}: {name} holds NaN or infinities, which cannot be "
+                             "quantized: get the checkpoint again")
+        return tensor
 
 
 def quantize_matrix(dense, quantization_format, is_layer=True):
@@ -131,25 +145,32 @@ def quantize_matrix(dense, quantization_format, is_layer=True):
     is_layer: False for the embedding and the head, which are kept in int8, in groups of 32 where
     these divide a row.
     """
-    method, columns = quantization_format.method, dense.weight.shape[1]
+    method = quantization_format.method
     if not is_layer:
-        return int8_matrix(dense, 32 if columns % 32 == 0 else columns)
+        return int8_by_group(dense)
     if method == "int4":
         size, symmetric = quantization_format.group_size, quantization_format.symmetric
         return int4_matrix(*quantize_group_np(dense.weight, size, symmetric), size, dense.bias)
-    return int8_matrix(dense, columns, W8A8 if method == "w8a8" else Int8)
+    return int8_by_row(dense, W8A8 if method == "w8a8" else Int8)
 
 
-def int8_matrix(dense, group_size, kind=Int8):
-    """Int8 or W8A8; a group is what quantize_int8_np takes for a row. An embedding is large: tile
-    by tile, so that its float32 copies are not. Scales of groups are rounded to float16, as those
-    of Q8_0: that is a hundredth of what rounding q loses."""
-    rows, columns = dense.weight.shape
-    tiles = [quantize_int8_np(dense.weight[tile].reshape(-1, group_size))
-             for tile in row_tiles(dense.weight)]
+def int8_by_row(dense, kind=Int8):
+    """Int8 or W8A8, with a scale for each row."""
+    tiles = [quantize_int8_np(dense.weight[rows]) for rows in row_tiles(dense.weight)]
     q, scale = (join(each) for each in zip(*tiles))
-    scale = scale if group_size == columns else round_to_float16_np(scale)
-    return kind(q.reshape(rows, columns), scale.reshape(rows, -1), group_size, dense.bias)
+    return kind(q, scale, q.shape[1], dense.bias)
+
+
+def int8_by_group(dense):
+    """Int8 in groups of 32, by row where these do not divide a row: what Q8_0 blocks hold.
+
+    An embedding is large: tile by tile, so that its float32 copies are not.
+    """
+    if dense.weight.shape[1] % 32:
+        return int8_by_row(dense)
+    tiles = [read_q8_0(quantize_q8_0(dense.weight[rows])) for rows in row_tiles(dense.weight)]
+    q, scale = (join(each) for each in zip(*tiles))
+    return Int8(q, scale, 32, dense.bias)
 
 
 def gptq_layers(checkpoint, quantization_format):

@@ -93,10 +93,12 @@ def rope_torch(x, cos, sin):
 
 def rope_fused(x, cos, sin):
     """rope_torch in one call of our own kernel, for a few tokens in float32 on a CPU."""
-    kernel = decode_op("rope") if is_small_float32(x) and is_small_float32(cos) else None
     (N, H, D), (stride, *inner) = x.shape, x.stride()
-    if kernel is None or inner != [D, 1]:
+    kernel = decode_op("rope") if is_small_float32(x) and is_small_float32(cos) else None
+    are_alike = cos.shape == sin.shape == (N, D // 2) and cos.dtype == sin.dtype
+    are_rows = inner == [D, 1] and cos.is_contiguous() and sin.is_contiguous()
+    if kernel is None or not are_alike or not are_rows:
         return rope_torch(x, cos, sin)
-    y = torch.empty(N, H, D)
+    y = x.new_empty(N, H, D)
     kernel(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), N, H, D, stride)
     return y

@@ -355,7 +355,7 @@ print(f"the same as with the matrix in float32, but for {error_against(expected,
 # An error of a matrix is not yet a worse text. We compare what the model predicts after each token
 # of the text above with what it predicted with the file's weights in float32: the mean
 # Kullback-Leibler divergence (KLD; 0 is "the same"), and how often the best token is the same.
-# **Predict first:** put these in order: `int8`, `w8a8`, `int4` (groups of 32), `int4-g32-sym`,
+# **Predict first:** put these in order: `int8`, `w8a8`, `int4` (groups of 32), `int4-sym`,
 # `int4-g64`, and weights as they are with a *KV cache* of int8, a scale for each head of a token.
 
 # %%
@@ -371,7 +371,7 @@ def compared(candidate_logits):
 
 w8a8 = LLM("smollm2-135m-instruct", backend="numpy", quantize="w8a8")
 int8_cache = LLM("smollm2-135m-instruct", backend="numpy", kv_dtype="int8")
-formats = ("int4", "int4-g32-sym") if fast else ("int8", "int4", "int4-g32-sym", "int4-g64")
+formats = ("int4", "int4-sym") if fast else ("int8", "int4", "int4-sym", "int4-g64")
 line = "{:13} KLD {:.4f}, same best token {:.0%}"
 print(line.format("KV cache int8", *compared(int8_cache.logits(token_ids))))
 print(line.format("w8a8", *compared(w8a8.logits(token_ids))))

@@ -36,6 +36,7 @@ PARTS = {
 MATRICES = tuple(part for part, colour in PARTS.items() if colour == draw.BLUE)
 FUNCTIONS = {"rms_norm": "norms", "rope_angles": "rope", "rope": "rope",
              "swiglu": "silu and gating"}  # what is left of swiglu without its products
+FUSED = {"rms_norm_torch": "rms_norm_fused", "rope_torch": "rope_fused"}
 LETTERS = {"qkv projection": "qkv", "output projection": "o", "head": "head",
            "gate, up, down projections": "gate, up, down", "attention": "attn"}
 NUMBER_BYTES = 4  # float32
@@ -171,8 +172,10 @@ def timers_inside(runner, cache, watch):
 
     twin = "np" if runner.backend == "numpy" else "torch"
     products = parts_of_matrices(runner.weights)
-    wrapped = [(model, f"{name}_{twin}", lambda *args, part=part: part)
-               for name, part in FUNCTIONS.items()]
+    names = {f"{name}_{twin}": part for name, part in FUNCTIONS.items()}
+    if twin == "torch":  # which the pass calls in their faster forms
+        names = {FUSED.get(name, name): part for name, part in names.items()}
+    wrapped = [(model, name, lambda *args, part=part: part) for name, part in names.items()]
     wrapped += [(module, f"linear_{twin}", lambda x, weight: products[id(weight)])
                 for module in (model, mlp)]
     wrapped.append((cache, "attend", lambda *args: "attention"))

@@ -3,6 +3,7 @@
 A kernel is compiled when it is first wanted, for the CPU that it runs on, and kept in the user's
 cache. It needs a C compiler with OpenMP; without one, or on another CPU, PyTorch's operators do the
 same work more slowly. Every kernel has a NumPy and a PyTorch function that states what it computes.
+A process that has run one must not be forked: the threads would not be there.
 Chapter 11_quantization tells the story.
 """
 
@@ -15,6 +16,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -34,14 +36,19 @@ def load_kernel(name):
     more, which would fight with them for the cores.
     """
     source = Path(__file__).with_name(f"{name}.c")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    key = hashlib.sha256(source.read_bytes() + repr((compiler, FLAGS, cpu_flags())).encode())
-    target = cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
     try:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        key = hashlib.sha256(source.read_bytes() + repr((compiler, FLAGS, cpu_flags())).encode())
+        target = cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
         if not target.is_file():
             compile_kernel([*compiler, *FLAGS], source, target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):  # no compiler, another CPU, a read-only home
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        # No compiler, a CC that is no command, another CPU, no home folder, or a read-only one.
+        if "avx512_vnni" in cpu_flags():
+            warnings.warn(f"{source.name} cannot be compiled ({error}): PyTorch's operators are "
+                          "used, which are slower; a C compiler with OpenMP, named by CC, helps",
+                          stacklevel=2)
         return None
 
 
@@ -81,4 +88,4 @@ def cpu_flags():
     """What -march=native depends on: a home folder may be shared by unequal machines."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line for line in lines if line.startswith("flags")), "")
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")  # ARM

@@ -10,6 +10,7 @@
    x is [N, K], y is [N, R], both float32; K is a multiple of 64. Threads share out the rows. */
 
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -20,7 +21,8 @@
 #define GROUP 32    /* activations, and weights, that share a scale */
 #define LARGEST 32512 /* 127·256: high and low fit in signed bytes */
 
-/* Sixteen groups of one token's activations: 8 registers of 64 bytes, and their scales and sums. */
+/* Sixteen groups of one token's activations: 8 registers of 64 bytes, and their scales and sums.
+   1152 bytes, a multiple of 64, as aligned_alloc wants it; K, which is one too, as well. */
 typedef struct {
     int8_t high[512], low[512];
     float scale[16], sum[16];
@@ -31,6 +33,8 @@ static int sixteens(int K) { return (K + 511) / 512; }
 static void quantize_group(const float *x, Sixteen *to, int g) {
     __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
     float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    if (_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q))
+        largest = NAN; /* which max does not see: it must not be lost */
     __m512 inverse = _mm512_set1_ps(largest > 0 ? LARGEST / largest : 0);
     __m512i half = _mm512_set1_epi32(128), sums = _mm512_setzero_si512();
     for (int i = 0; i < 2; i++) {
@@ -178,9 +182,13 @@ void w8a8_matmul(const float *x, const int8_t *q, const float *scale, float *y, 
     for (int n = 0; n < N; n++) {
         const float *row = x + (size_t)n * K;
         __m512 largest = _mm512_setzero_ps();
-        for (int k = 0; k < K; k += 16)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(row + k)));
-        float most = _mm512_reduce_max_ps(largest);
+        __mmask16 not_a_number = 0;
+        for (int k = 0; k < K; k += 16) {
+            __m512 some = _mm512_loadu_ps(row + k);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
+            not_a_number |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
+        }
+        float most = not_a_number ? NAN : _mm512_reduce_max_ps(largest);
         scale_x[n] = most < 1e-30f ? 1 : most / 127;
         __m512i sums = _mm512_setzero_si512();
         for (int k = 0; k < K; k += 16) {

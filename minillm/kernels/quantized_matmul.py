@@ -32,7 +32,7 @@ class KernelMatrix:
 
     def __init__(self, matrix, *arguments):
         self.arguments, self.bias, self.dtype = arguments, matrix.bias, matrix.dtype
-        self.out_size = matrix.shape[0]
+        self.out_size, self.in_size = matrix.shape
         self.pointers = [argument.data_ptr() for argument in arguments]
         self.kernel = getattr(load_kernel("quantized_matmul"), self.function)
         self.kernel.argtypes = [ctypes.c_void_p] * (len(arguments) + 2) + [ctypes.c_int] * 3
@@ -40,12 +40,15 @@ class KernelMatrix:
 
     def matmul_torch(self, x):
         N, K = x.shape
+        if K != self.in_size:  # the kernel would read whatever lies there
+            raise ValueError(f"x has {K} columns, must have the {self.in_size} of the matrix")
         if N > MAX_TOKENS:
             return self.matmul_many(x)
-        wide = x.to(torch.float32).contiguous()
-        y = torch.empty(N, self.out_size)
+        is_ready = x.dtype == torch.float32 and x.is_contiguous()  # or two calls that do nothing
+        wide = x if is_ready else x.to(torch.float32).contiguous()
+        y = wide.new_empty(N, self.out_size)
         self.kernel(wide.data_ptr(), *self.pointers, y.data_ptr(), N, K, self.out_size)
-        return y.to(x.dtype)
+        return y if is_ready else y.to(x.dtype)
 
 
 class KernelReference(KernelMatrix):
@@ -117,7 +120,7 @@ class KernelInt4(KernelMatrix):
         """Some rows, in float32.   rows: a slice, or a tensor of indices."""
         parts = [argument[rows] for argument in self.arguments]
         K = 2 * parts[0].shape[1]
-        weight = torch.empty(len(parts[0]), K)
+        weight = torch.empty(len(parts[0]), K, dtype=torch.float32, device="cpu")
         function = load_kernel("quantized_matmul").int4_dequantize
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 2
         function.restype = None
@@ -140,4 +143,5 @@ def for_kernel(matrix):
         return KernelW8A8(matrix) if isinstance(matrix, W8A8) else KernelInt8(matrix)
     if isinstance(matrix, Int8):
         return KernelInt8Groups(matrix) if matrix.group_size == 32 else None
-    return KernelInt4(matrix) if isinstance(matrix, Int4) and matrix.group_size % 32 == 0 else None
+    fits = isinstance(matrix, Int4) and matrix.group_size % 32 == 0
+    return KernelInt4(matrix) if fits and matrix.minimum.abs().max() <= 65504 else None  # float16

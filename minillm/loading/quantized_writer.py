@@ -39,7 +39,8 @@ def write_quantized_file(checkpoint, path):
     """
     inventory = Inventory(checkpoint.config)
     matrices, num_weights = {}, 0
-    with whole_file(path) as partial, open(partial.with_name("arrays"), "w+b") as arrays:
+    with (whole_file(path) as partial,
+          open(partial.with_name(f"{partial.name}.arrays"), "w+b") as arrays):
         store = _ArrayStore(arrays)
         with tqdm(total=len(inventory.tensors) + len(inventory.matrices), desc="quantizing",
                   unit="matrix", disable=None) as bar:
@@ -132,7 +133,8 @@ def check_output(path, force=False):
 @contextmanager
 def whole_file(path):
     """A path to write to, in a folder of its own beside `path`; it becomes `path` at the end, by
-    one rename. Whatever interrupts the writing leaves nothing behind, and `path` as it was."""
+    one rename. An exception or Ctrl-C leaves nothing behind, and `path` as it was; the folder of a
+    process that is killed stays."""
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=path.parent,
                                      ignore_cleanup_errors=True) as folder:

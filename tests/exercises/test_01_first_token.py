@@ -9,6 +9,7 @@ from minillm.config import ModelConfig
 from minillm.course import using
 from minillm.course.check import check, close, equal, require
 from minillm.generate import generate, prefill
+from minillm.loading.checkpoint import Checkpoint
 from minillm.metrics import RequestMetrics
 from minillm.model_runner import NumpyRunner
 from minillm.request import Request
@@ -172,7 +173,7 @@ def in_the_engine(request_metrics):
         "the parts add up: TTFT and all gaps are E2E"))
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(Checkpoint):
     """A tiny model of random numbers: its answers mean nothing, and take as many steps."""
 
     config = ModelConfig(vocab_size=256, hidden_size=12, intermediate_size=20, num_hidden_layers=2,

@@ -313,7 +313,7 @@ def in_the_engine(**students):
     with using(**loops | students):
         got = logits_of_random_model()
     close(got, expected, tolerance=1e-4, hint=(  # the norm may compute in float32
-        "the earlier checks pass, but not the model: is the result of another shape or dtype?"))
+        "where all checks above pass, is the result of another shape or dtype?"))
 
 
 def logits_of_random_model():

@@ -11,6 +11,7 @@ from minillm.config import ModelConfig
 from minillm.course import using
 from minillm.course.check import CheckFailed, as_array, check, close, equal, peak_bytes, require
 from minillm.linear import Dense
+from minillm.loading.checkpoint import Checkpoint
 from minillm.model import LayerWeights, Weights
 from minillm.model_runner import NumpyRunner
 from minillm.rope import rope_frequencies
@@ -283,7 +284,7 @@ def stays_float32(forward_np):
 def in_the_engine(forward_np):
     weights = random_model(num_hidden_layers=2, seed=1)
     with using(forward_np=forward_np):
-        runner = NumpyRunner(Checkpoint(weights), dtype="float64")
+        runner = NumpyRunner(RandomCheckpoint(weights), dtype="float64")
         cache = runner.new_cache(8)
         token_ids = TOKENS[:3].tolist()
         logits = runner.forward(token_ids, [0, 1, 2], cache, rows=[2])
@@ -298,7 +299,7 @@ def in_the_engine(forward_np):
             logits = runner.forward(token_ids[-1:], [position], cache, rows=[0])
 
 
-class Checkpoint:
+class RandomCheckpoint(Checkpoint):
     """A random model as the engine loads one: a tensor for each name."""
 
     rope_freq_factors = None

@@ -203,6 +203,10 @@ def constant(quantize_group_np):
     with np.errstate(all="ignore"):
         compare_group(quantize_group_np, weight, 2, hint=(
             "max − min is 0: where the scale would be 0, it is 1"))
+        q, *scales = (as_array(each, "an array") for each in parts(
+            quantize_group_np(np.array([[1e-9, 3e-9]]), 2), 3))  # equal, for float16
+    close([*q.ravel(), *scales[0].ravel()], [0, 0, 1], hint=(
+        "max − min is not 0, but the scale is, once it is rounded to float16: then it is 1"))
 
 
 @check("symmetric: a group of zeros stays zeros, and one of equal numbers is q = 0")
@@ -230,12 +234,15 @@ def long_group(quantize_group_np):
 
 @check("scale and minimum are float16 numbers, and q is chosen for these")
 def rounded(quantize_group_np):
-    weight = untied(100.03 + 0.06 * np.random.default_rng(5).random((3, 8)).cumsum(axis=1), 4)
-    compare_group(quantize_group_np, weight, 4, mistakes={
-        "q is chosen before scale and minimum are rounded to float16: round them first":
-            group_loop(weight, 4, choose_before_rounding=True),
-        "scale and minimum are not rounded to float16: round_to_float16_np does that":
-            group_loop(weight, 4, keep=lambda number: number)})
+    rng = np.random.default_rng(5)
+    for weight in (untied(100.03 + 0.06 * rng.random((3, 8)).cumsum(axis=1), 4),
+                   untied(rng.normal(size=(3, 12)), 4)):  # far from 0; and with larger scales
+        compare_group(quantize_group_np, weight, 4, mistakes={
+            "q is chosen before scale and minimum are rounded to float16: round them first":
+                group_loop(weight, 4, choose_before_rounding=True),
+            "scale and minimum are not rounded to float16: round_to_float16_np does that":
+                group_loop(weight, 4, keep=lambda number: number)}, hint=(
+            "is the scale a float16 number, and the minimum as well?"))
 
 
 @check("symmetric: the scale is a float16 number too, and the minimum is −8 times that")
@@ -246,14 +253,18 @@ def symmetric_rounded(quantize_group_np):
             group_loop(weight, 6, True, keep=lambda number: number)})
 
 
-@check("beyond float16's range scale and minimum stop at its ends, ±65504")
+@check("what is rounded to float16 stops at its ends, ±65504")
 def huge(quantize_group_np):
     for weight, symmetric, right in (([[-1e6, 1e6]], False, (65504, -65504)),
                                      ([[2e6, -1e6]], True, (-65504, 8 * 65504))):
         with np.errstate(all="ignore"):
             _, *scales = parts(quantize_group_np(np.array(weight), 2, symmetric), 3)
-        close([as_array(each, "an array").item() for each in scales], right, hint=(
-            "astype(np.float16) makes infinities of them: round_to_float16_np clips first"))
+        got = [as_array(each, "an array").item() for each in scales]
+        close(got, right, mistakes={
+            "the minimum of a symmetric group is −8·scale, and is not rounded again":
+                (-65504, 65504)}, hint="astype(np.float16) makes infinities of them: "
+            "round_to_float16_np clips first" if np.isinf(got).any() else
+            "the scale is rounded to float16, and so is the minimum of an asymmetric group")
 
 
 @check("a NaN makes its group NaN, and no other")
@@ -646,7 +657,7 @@ def in_the_engine(method, symmetric=False, tolerance=1e-4, **students):
     with using(**loops | students):
         got = logits_of_random_model(quantization_format)
     close(got, expected, tolerance=tolerance, hint=(
-        "the earlier checks pass, but not the model: is the result of another shape or dtype?"))
+        "where all checks above pass, is the result of another shape or dtype?"))
 
 
 def typed_int8(x):
