@@ -21,6 +21,7 @@ from minillm.cli import main
 from minillm.generate import prefill
 from minillm.kv_cache import KVCache
 from minillm.linear import Dense
+from minillm.loading.checkpoint import Checkpoint
 from minillm.loading.gguf import GGUFFile
 from minillm.loading.registry import fetch
 from minillm.loading.safetensors import HuggingFaceFolder
@@ -481,3 +482,38 @@ def test_native_answers_in_numpy(model_path, llm_numpy):
     output = llm.chat([{"role": "user", "content": "What is the capital of France?"}],
                       SamplingParams(temperature=0, max_tokens=9))
     assert output.text == "The capital of France is Paris."
+
+
+class Spoiled(Checkpoint):
+    """A checkpoint in which one tensor holds a number that is none."""
+
+    def __init__(self, checkpoint, name, bad):
+        self.checkpoint, self.name, self.bad = checkpoint, name, bad
+        self.path, self.config, self.tokenizer = checkpoint.path, checkpoint.config, None
+        self.eos_token_ids, self.chat_template, self.rope_freq_factors = (), None, None
+
+    def tensor(self, name, shape):
+        tensor = self.checkpoint.tensor(name, shape)
+        if name == self.name:
+            tensor.flat[3] = self.bad
+        return tensor
+
+
+@pytest.mark.parametrize("quantize", ["int8", "w8a8", "int4", "int4-g64-sym"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight",
+                                  "model.layers.1.self_attn.v_proj.weight"])
+def test_what_is_no_number_is_not_quantized(tmp_path, name, bad, quantize):
+    write_checkpoint(tmp_path, "LlamaForCausalLM")
+    checkpoint = quantize_checkpoint(Spoiled(HuggingFaceFolder(tmp_path), name, bad), quantize)
+    with pytest.raises(InputError, match="NaN or infinities"):
+        load_weights(checkpoint, np.asarray, lambda matrix, has_rows: matrix)
+
+
+def test_the_model_that_is_read_is_not_written_over(tmp_path, capsys):
+    write_checkpoint(tmp_path, "LlamaForCausalLM")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert main(["quantize", str(tmp_path), "--quantize", "int8", "--force",
+                 "--out", str(tmp_path / "model.safetensors")]) == 2
+    assert "is a file of the model that is read" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == before
