@@ -3,7 +3,8 @@
 Each class is a weight like `linear.Dense`: it computes x·Wᵀ and looks up rows, and the model cannot
 tell. `Int8`, `Int4` and `W8A8` state the arithmetic in both backends, for any size. The classes
 below them hand a matrix to an operator of PyTorch that reads the few bits as they are; these need a
-CPU, bfloat16 activations and certain sizes. Chapter 11_quantization tells the story.
+CPU, bfloat16 activations and certain sizes. `kernels/quantized_matmul.py` goes before them where
+the CPU has the instructions for it. Chapter 11_quantization tells the story.
 
 NumPy has no product of integers that is fast: it turns each tile of a matrix into floats when it
 multiplies. There, few bits save memory and cost time.

@@ -29,12 +29,13 @@ import numpy as np
 from minillm import LLM, SamplingParams
 from minillm.bench.draw import BLUE, GREEN, GREY, ORANGE, RED
 from minillm.course import using
-from minillm.evaluation import log_softmax_np
+from minillm.evaluation import kl_divergence_np, log_softmax_np
 from minillm.mlp import swiglu_np
 from minillm.norm import rms_norm_np
 from minillm.quantization import (
     dequantize_group_np, pack_int4_np, quantize_group_np, quantize_int8_np, quantized_matmul_np,
     unpack_int4_np)
+from minillm.smoothquant import smoothing_factors_np
 
 fast = os.environ.get("MINILLM_FAST") == "1"
 llm = LLM("smollm2-135m-instruct", backend="numpy")
@@ -312,7 +313,7 @@ for name, x, weight in ((f"qkv_proj of layer {layer}", h, qkv),
     errors = {}
     for alpha in (0.0, 0.25, 0.5, 0.75):
         largest = np.abs(x[:half]).max(axis=0), np.abs(weight).max(axis=0)
-        s = np.maximum(largest[0] ** alpha / largest[1] ** (1 - alpha), 1e-5)
+        s = smoothing_factors_np(*largest, alpha)
         errors[f"α = {alpha}"] = w8a8_error(x[half:], weight, s)
     print(f"{name}: as it is {w8a8_error(x[half:], weight, np.ones(len(s))):.4f} · "
           + " · ".join(f"{key} {error:.4f}" for key, error in errors.items()))
@@ -365,7 +366,7 @@ exact = log_softmax_np(logits)
 def compared(candidate_logits):
     """(mean KLD, share of the same best token) against the float32 model."""
     other = log_softmax_np(candidate_logits)
-    return ((np.exp(exact) * (exact - other)).sum(axis=1).mean(),
+    return (kl_divergence_np(other, exact).mean(),
             (exact.argmax(axis=1) == other.argmax(axis=1)).mean())
 
 

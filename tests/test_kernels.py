@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import kernels
+from minillm import LLM, kernels
 from minillm.kernels.quantized_matmul import MAX_TOKENS, KernelMatrix, for_kernel
 from minillm.norm import rms_norm_fused, rms_norm_torch
 from minillm.quantization import quantize_group_np, quantize_int8_np
@@ -153,6 +153,15 @@ def test_a_bias_is_kept():
     matrix = random_matrix("int8", 8, 64, np.random.default_rng(4))
     matrix = dataclasses.replace(matrix, bias=torch.ones(8))
     assert torch.equal(for_kernel(matrix).bias, torch.ones(8))
+
+
+@needs_kernel
+def test_the_engine_multiplies_through_the_kernel(model_path):
+    weights = LLM(str(model_path), device="cpu", quantize="native").runner.weights
+    matrices = [weights.lm_head] + [getattr(layer, name) for layer in weights.layers for name in (
+        "qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")]
+    assert all(isinstance(matrix, KernelMatrix) for matrix in matrices)
+    assert weights.lm_head is weights.embed_tokens, "a tied head is held once"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
