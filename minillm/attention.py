@@ -4,6 +4,7 @@ Three forms, one result. `attention_*` states it, and builds a score for every p
 a key. `online_softmax_attention_*` never holds more than one block of scores, so that memory does
 not grow with the length of the context. `attention_sdpa` calls PyTorch's fused kernel, which is
 the online form in one pass through the cache. Chapter 04_attention tells the story.
+`masked_attention_*` is the first form for a batch of sequences; that is chapter 08_batching's.
 
 Shapes: q [H, T, D], k and v [K, S, D]. The T queries are the last T of the S positions, and a
 query sees the keys up to its own position. H / K query heads share one key/value head: they are
@@ -132,6 +133,47 @@ def attention_sdpa(q, k, v):
     # is_causal aligns the first query with the first key; here the last ones belong together.
     visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return sdpa(q[None], k[None], v[None], attn_mask=visible, enable_gqa=True)[0]
+
+
+@exercise("08_batching", order=2)
+def masked_attention_np(q, k, v, visible):
+    """attention_np for a batch whose sequences differ in length: a mask says who sees what.
+
+    q: [B, H, T, D]   k, v: [B, K, S, D]   visible: [B, T, S] bool   ->   [B, H, T, D], in q's dtype
+    Query t of sequence b sees key s where visible[b, t, s]; every query must see at least one.
+    Query head h reads key/value head h // (H/K), and scores are divided by √D, as in attention_np.
+    A key that nobody sees, padding or a place not written yet, costs as much as any other.
+    Cost: 4·B·H·T·S·D FLOPs, whatever is visible.
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    grouped = q.reshape(B, K, H // K * T, D) / math.sqrt(D)
+    scores = grouped @ k.swapaxes(2, 3)  # [B, K, H/K·T, S]
+    scores = np.where(visible[:, None, None], scores.reshape(B, K, H // K, T, S), -np.inf)
+    probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    probs = probs / probs.sum(axis=-1, keepdims=True)
+    out = probs.reshape(B, K, H // K * T, S) @ v  # [B, K, H/K·T, D]
+    return out.reshape(B, H, T, D)
+
+
+def masked_attention_torch(q, k, v, visible):
+    """Same contract as masked_attention_np."""
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    grouped = q.reshape(B, K, H // K * T, D) / math.sqrt(D)
+    scores = grouped @ k.swapaxes(2, 3)
+    scores = torch.where(visible[:, None, None], scores.reshape(B, K, H // K, T, S), -math.inf)
+    probs = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    out = probs.reshape(B, K, H // K * T, S) @ v
+    return out.reshape(B, H, T, D)
+
+
+def masked_attention_sdpa(q, k, v, visible):
+    """masked_attention_torch through PyTorch's fused kernel; see attention_sdpa."""
+    (B, H, T, D), (_, K, _, _) = q.shape, k.shape
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if T == 1:
+        return sdpa(q.reshape(B, K, H // K, D), k, v, attn_mask=visible[:, None]).reshape(q.shape)
+    return sdpa(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
 
 
 def check_shapes(q, k, v):

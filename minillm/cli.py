@@ -17,6 +17,7 @@ from pathlib import Path
 from . import __version__
 from .course.commands import add_commands as add_course_commands
 from .course.commands import plugged_in
+from .course.exercises import all_exercises
 from .errors import InputError
 from .evaluation_command import add_eval_flags, evaluate
 from .loading.registry import ENTRIES, fetch, resolve
@@ -67,8 +68,19 @@ def run_fetch(args):
 def run_generate(args):
     if args.backend is None:  # what a student writes first is the NumPy function
         args.backend = "numpy" if args.impl else "torch"
-    with plugged_in(args.impl, args.backend):
+    with plugged_in(args.impl, args.backend) as names:
+        if args.batching is None:
+            args.batching = batching_of(names)
         answer(args)
+
+
+def batching_of(names):
+    """The kind of batching in which a student's functions are called: that of their chapter."""
+    chapters = {each.chapter[:2] for each in all_exercises()
+                if {each.name, each.twin_name} & set(names)}
+    if not names or chapters & {"09", "10"}:
+        return "continuous"
+    return "static" if "08" in chapters else "none"
 
 
 def answer(args):
@@ -85,7 +97,7 @@ def answer(args):
         prompt = [{"role": "user", "content": prompt}]
         if args.system is not None:
             prompt.insert(0, {"role": "system", "content": args.system})
-    if args.json or params.n > 1:
+    if args.json or params.n > 1 or args.batching == "static":  # which has no stream to show
         output = llm.chat(prompt, params) if args.chat else llm.generate([prompt], params)[0]
         print(json.dumps(describe(llm, output)) if args.json
               else "\n---\n".join(completion.text for completion in output.outputs))
@@ -157,7 +169,7 @@ def open_llm(args):
     from .llm import LLM
 
     return LLM(args.model, args.backend or "torch", args.device, args.dtype, args.quantize,
-               args.kv_dtype)
+               args.kv_dtype, getattr(args, "batching", "continuous"))
 
 
 def describe(llm, output):
@@ -259,6 +271,8 @@ def build_parser():
                                   help="print a line of metrics on standard error")
     generate_command.add_argument("--impl", metavar="FILE",
                                   help="use your functions in this file; backend numpy by default")
+    generate_command.add_argument("--batching", metavar="continuous|static|none",
+                                  help="which loop answers; the texts are the same")
     chat_command = command("chat", run_chat, "a conversation in the terminal")
     for child in (generate_command, chat_command):
         child.add_argument("--system", metavar="TEXT", help="how the model is to behave")

@@ -12,6 +12,15 @@ import lazy_loader as lazy
 import numpy as np
 
 from .kv_cache import KVCache, KVCacheTorch
+from .paged_cache import (
+    PagedCache,
+    PagedCacheTorch,
+    lazy_zeros,
+    paged_gather_np,
+    paged_gather_torch,
+    paged_scatter_np,
+    paged_scatter_torch,
+)
 from .quantization import quantize_int8_np, quantize_int8_torch
 
 torch = lazy.load("torch")
@@ -63,6 +72,59 @@ class KVCacheInt8Torch(KVCacheTorch):
         self.value_scales[layer, :, start:end] = scale_v.swapaxes(0, 1)
         return (keys * self.key_scales[layer, :, :end].to(self.dtype),
                 values * self.value_scales[layer, :, :end].to(self.dtype))
+
+
+class PagedCacheInt8(PagedCache):
+    """Same contract as PagedCache (NumPy), in the same bytes a token as KVCacheInt8."""
+
+    def __init__(self, config, num_blocks, block_size, dtype=np.float32):
+        super().__init__(config, num_blocks, block_size, np.int8)
+        self.dtype = dtype
+        self.key_scales = np.zeros((*self.keys.shape[:-1], 1), dtype=np.float16)
+        self.value_scales = np.zeros_like(self.key_scales)
+
+    def arrays(self):
+        return [self.keys, self.values, self.key_scales, self.value_scales]
+
+    def write(self, layer, slot_mapping, k, v):
+        for x, pages, scales in ((k, self.keys, self.key_scales),
+                                 (v, self.values, self.value_scales)):
+            q, scale = quantize_heads_np(x)
+            paged_scatter_np(pages[layer], slot_mapping, q)
+            paged_scatter_np(scales[layer], slot_mapping, scale)
+
+    def read(self, layer, block_tables):
+        """Same contract as PagedCache.read, in dtype."""
+        keys, values = super().read(layer, block_tables)
+        return (keys * paged_gather_np(self.key_scales[layer], block_tables).astype(self.dtype),
+                values * paged_gather_np(self.value_scales[layer], block_tables).astype(self.dtype))
+
+
+class PagedCacheInt8Torch(PagedCacheTorch):
+    """Same contract as PagedCacheInt8; tensors on `device`."""
+
+    def __init__(self, config, num_blocks, block_size, dtype, device):
+        super().__init__(config, num_blocks, block_size, torch.int8, device)
+        self.dtype = dtype
+        shape = (*self.keys.shape[:-1], 1)
+        self.key_scales = lazy_zeros(shape, torch.float16, device)
+        self.value_scales = lazy_zeros(shape, torch.float16, device)
+
+    def arrays(self):
+        return [self.keys, self.values, self.key_scales, self.value_scales]
+
+    def write(self, layer, slot_mapping, k, v):
+        for x, pages, scales in ((k, self.keys, self.key_scales),
+                                 (v, self.values, self.value_scales)):
+            q, scale = quantize_heads_torch(x)
+            paged_scatter_torch(pages[layer], slot_mapping, q)
+            paged_scatter_torch(scales[layer], slot_mapping, scale.to(torch.float16))
+
+    def read(self, layer, block_tables):
+        """Same contract as PagedCacheInt8.read."""
+        keys, values = super().read(layer, block_tables)
+        return (keys * paged_gather_torch(self.key_scales[layer], block_tables).to(self.dtype),
+                values * paged_gather_torch(self.value_scales[layer], block_tables).to(self.dtype))
 
 
 def quantize_heads_np(x):

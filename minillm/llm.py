@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections import deque
 
 from tqdm import tqdm
 
+from .batching import generate_static
 from .chat_template import TemplateSandbox, encode_chat
+from .engine import Engine, EngineConfig
 from .errors import InputError
 from .generate import generate
 from .loading import open_checkpoint
@@ -30,11 +34,22 @@ class LLM:
     dtype: "auto", "float32", "bfloat16" or "float16"; NumPy computes in float32.
     quantize: None, or how to store the weights: "int8", "int4", "w8a8", "native" and others, see
     `quantize_model.py`.   kv_dtype: "auto", or "int8" for a KV cache of half the size.
+    batching: "continuous", many requests in one paged cache; "static", padded batches of up to
+    max_num_seqs, one after the other; "none", one request after the other. The texts are the same.
+    engine_options: the fields of EngineConfig, such as max_num_seqs, max_num_batched_tokens,
+    num_blocks.
     Raises InputError for what is not there, cannot be read or is not supported.
     """
 
     def __init__(self, model="smollm2-135m-instruct", backend="torch", device="auto", dtype="auto",
-                 quantize=None, kv_dtype="auto"):
+                 quantize=None, kv_dtype="auto", batching="continuous", **engine_options):
+        if not isinstance(batching, str) or batching not in BATCHING:
+            raise InputError(f"batching {batching!r} is unknown: choose one of "
+                             f"{', '.join(BATCHING)}")
+        if batching == "static" and kv_dtype != "auto":
+            raise InputError(f"kv_dtype {kv_dtype!r} is not for a static batch: use batching "
+                             "'continuous' or 'none'")
+        self.batching, self.engine_config = batching, EngineConfig(**engine_options)
         checkpoint = open_checkpoint(resolve(model))
         if quantize is not None:
             checkpoint = quantize_checkpoint(checkpoint, quantize)
@@ -51,12 +66,18 @@ class LLM:
                              f"and has only {self.vocab_size} tokens: get the model again")
         self.runner = make_runner(checkpoint, backend, device, dtype, kv_dtype)
         self.template_sandbox = TemplateSandbox()
+        self._pieces = {}  # request id -> text that its stream has not fetched yet
+
+    @functools.cached_property
+    def engine(self):
+        """Where requests run together; made, and its cache with it, when the first one comes."""
+        return Engine(self.runner, self.tokenizer, self.engine_config)
 
     def generate(self, prompts, params=None, progress=False):
         """Answer each prompt; -> a list of RequestOutput, in their order.
 
-        prompts: a str, a list of token ids, or a list of either.   params: one SamplingParams for
-        all, or one for each.   progress: show a bar on standard error.
+        prompts: a str, a list of token ids, or a list of either; many run at the same time.
+        params: one SamplingParams for all, or one for each.   progress: a bar on standard error.
         """
         is_text = isinstance(prompts, (str, bytes, dict)) or not hasattr(prompts, "__iter__")
         prompts = [prompts] if is_text else list(prompts)
@@ -68,15 +89,13 @@ class LLM:
                              "or one for each")
         requests = [self._request(self.encode_prompt(prompt), each)
                     for prompt, each in zip(prompts, params)]
-        for request in tqdm(requests, disable=not progress, desc="answering", unit="prompt"):
-            self._finish(request)
+        with tqdm(total=len(requests), disable=not progress, desc="answer", unit="prompt") as bar:
+            BATCHING[self.batching](self, requests, bar)
         return [request.output for request in requests]
 
     def chat(self, messages, params=None):
         """Answer a conversation [{"role": "user", "content": "Hi"}, ...]; -> RequestOutput."""
-        request = self._request(self.encode_chat(messages), params)
-        self._finish(request)
-        return request.output
+        return self.generate([self.encode_chat(messages)], params)[0]
 
     def stream(self, prompt, params=None):
         """Answer a prompt (a str, token ids, or a list of messages), piece by piece.
@@ -156,21 +175,81 @@ class LLM:
             raise InputError(f"the prompt has {len(prompt_token_ids)} tokens, and this model's "
                              f"context of {self.context_len} must hold it and at least one "
                              "token of answer: shorten it")
-        return Request(prompt_token_ids, params, self.stop_token_ids)
+        request = Request(prompt_token_ids, params, self.stop_token_ids)
+        if self.batching == "continuous":
+            self.engine.check(request)
+        return request
 
-    def _new_cache(self, request):
+    def _run_continuous(self, requests, bar):
+        """All at once, and whoever streams beside them goes on as well."""
+        request_ids = [self.engine.add_request(request) for request in requests]
+        unfinished = set(request_ids)
+        try:
+            while unfinished:
+                self._step()
+                ended = {each for each in unfinished if not self.engine.is_unfinished(each)}
+                unfinished -= ended
+                bar.update(len(ended))
+        finally:
+            for request_id in unfinished:
+                self.engine.abort(request_id)
+
+    def _run_static(self, requests, bar):
+        """As many at once as there are seats; the next ones begin when the last one has ended."""
+        batch, num_rows = [], 0
+        for request in requests:
+            if batch and num_rows + request.params.n > self.engine_config.max_num_seqs:
+                generate_static(self.runner, self.tokenizer, batch)
+                bar.update(len(batch))
+                batch, num_rows = [], 0
+            batch.append(request)
+            num_rows += request.params.n
+        if batch:
+            generate_static(self.runner, self.tokenizer, batch)
+            bar.update(len(batch))
+
+    def _run_one_by_one(self, requests, bar):
+        """Chapter 07's loop, one request after the other."""
+        for request in requests:
+            for _ in self._steps_alone(request):
+                pass
+            bar.update()
+
+    def _step(self):
+        """One step of the engine; text goes to the stream that waits for it."""
+        for request_id, _, piece in self.engine.step().texts:
+            if request_id in self._pieces:
+                self._pieces[request_id].append(piece)
+
+    def _steps(self, request):
+        """(completion, piece of text) after every token; other streams go on meanwhile."""
+        completion = request.output.outputs[0]
+        request_id = self.engine.add_request(request)
+        pieces = self._pieces[request_id] = deque()
+        try:
+            while pieces or self.engine.is_unfinished(request_id):
+                while not pieces:
+                    self._step()
+                yield completion, pieces.popleft()
+        finally:
+            del self._pieces[request_id]
+            self.engine.abort(request_id)
+
+    def _steps_alone(self, request):
         num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
-        return self.runner.new_cache(min(num_tokens, self.context_len))
+        cache = self.runner.new_cache(min(num_tokens, self.context_len))
+        return generate(self.runner, self.tokenizer, request, cache)
 
-    def _finish(self, request):
-        for _ in generate(self.runner, self.tokenizer, request, self._new_cache(request)):
-            pass
-
-    def _stream(self, request, cache=None):
+    def _stream(self, request):
         if request.params.n > 1:
             raise InputError(f"n is {request.params.n}, must be 1 in a stream: use generate")
-        cache = cache or self._new_cache(request)
-        return Stream(request.output, generate(self.runner, self.tokenizer, request, cache))
+        # A static batch shows nothing before it ends; a stream is one request.
+        steps = self._steps if self.batching == "continuous" else self._steps_alone
+        return Stream(request.output, steps(request))
+
+
+BATCHING = {"continuous": LLM._run_continuous, "static": LLM._run_static,
+            "none": LLM._run_one_by_one}
 
 
 class Stream:
@@ -194,16 +273,15 @@ class Stream:
 
 
 class Conversation:
-    """Messages, and the cache of everything said so far.
+    """Messages, and the answer on its way.
 
-    A new turn's prompt begins as the last one did: only what is new goes through the model.
+    A new turn's prompt begins with all that was said before: the engine finds it in its cache, but
+    for the last tokens, which fill no block, and only what is new goes through the model.
     """
 
     def __init__(self, llm, system=None):
         self.llm = llm
         self.messages = [{"role": "system", "content": system}] if system else []
-        self.cache = llm.runner.new_cache(llm.context_len)
-        self.cached_token_ids = []
         self._stream = None  # the answer on its way
 
     def say(self, text, params=None):
@@ -214,16 +292,14 @@ class Conversation:
         """
         self._settle()
         messages = [*self.messages, {"role": "user", "content": text}]
-        request = self.llm._request(self.llm.encode_chat(messages), params)
-        stream = self.llm._stream(request, self.cache)
-        self._keep_common_prefix(request.prompt_token_ids)
+        stream = self.llm.stream(messages, params)
         self.messages, self._stream = messages, stream
         try:
             yield from stream
         finally:
             if self._stream is stream:
                 self._settle()
-        return request.output
+        return stream.output
 
     def _settle(self):
         """End the answer that is on its way, if there is one, and remember what came of it."""
@@ -232,15 +308,6 @@ class Conversation:
         self._stream.close()
         output, self._stream = self._stream.output, None
         self.messages.append({"role": "assistant", "content": output.text})
-        self.cached_token_ids = (output.prompt_token_ids + output.token_ids)[:self.cache.length]
-
-    def _keep_common_prefix(self, token_ids):
-        # The last token of a prompt is always computed: its logits are what the answer starts from.
-        limit = min(len(self.cached_token_ids), len(token_ids) - 1)
-        same = 0
-        while same < limit and self.cached_token_ids[same] == token_ids[same]:
-            same += 1
-        self.cache.truncate(same)
 
 
 def is_integer(value):

@@ -12,16 +12,25 @@ import warnings
 import lazy_loader as lazy
 import numpy as np
 
+from .batching import PaddedCache, PaddedCacheTorch
 from .errors import InputError
 from .kernels import load_kernel
 from .kernels.quantized_matmul import for_kernel
 from .kv_cache import KVCache, KVCacheTorch
-from .kv_cache_int8 import KVCacheInt8, KVCacheInt8Torch
+from .kv_cache_int8 import KVCacheInt8, KVCacheInt8Torch, PagedCacheInt8, PagedCacheInt8Torch
 from .linear import Dense, PackedDense
 from .loading.weights import load_weights
 from .model import forward_np, forward_torch
+from .paged_cache import PagedCache, PagedCacheTorch
 from .quantized_linear import W8A8, for_cpu_operator
-from .sampling import sample_np, sample_torch, top_logprobs_np, top_logprobs_torch
+from .sampling import (
+    best_tokens_np,
+    best_tokens_torch,
+    sample_np,
+    sample_torch,
+    top_logprobs_np,
+    top_logprobs_torch,
+)
 
 torch = lazy.load("torch")
 
@@ -64,11 +73,24 @@ class NumpyRunner:
             return KVCacheInt8(self.weights.config, capacity, self.dtype)
         return KVCache(self.weights.config, capacity, self.dtype)
 
+    def new_padded_cache(self, num_padding, capacity):
+        return PaddedCache(self.weights.config, num_padding, capacity, self.dtype)
+
+    def new_paged_cache(self, num_blocks, block_size):
+        cache = PagedCacheInt8 if self.kv_dtype == "int8" else PagedCache
+        return cache(self.weights.config, num_blocks, block_size, self.dtype)
+
     def forward(self, tokens, positions, cache, rows=None):
         """tokens, positions: lists of N ints; rows: as in forward_np  ->  logits [R, V]."""
         return forward_np(self.weights, np.asarray(tokens), np.asarray(positions), cache, rows)
 
+    def forward_batch(self, batch, paged_cache):
+        """A step of the engine; see scheduler.Batch   ->  logits [R, V] of its rows."""
+        cache = paged_cache.step(batch.spans)
+        return self.forward(batch.tokens, batch.positions, cache, batch.rows)
+
     sample = staticmethod(sample_np)
+    best_tokens = staticmethod(best_tokens_np)
     top_logprobs = staticmethod(top_logprobs_np)
 
     def to_numpy(self, logits):
@@ -87,6 +109,7 @@ class TorchRunner:
         self.device = str(self.torch_device)
         self.dtype = str(self.torch_dtype).removeprefix("torch.")
         self.kv_dtype = choose_kv_dtype(kv_dtype, self.dtype)
+        self.pads_batches = self.torch_device.type == "cuda"
         self.slow_shapes = set()  # of quantized matrices that no fast operator takes
         self.weights = load_weights(checkpoint, self._convert, self._convert_matrix)
         self._warn_of_slow_shapes()
@@ -126,6 +149,15 @@ class TorchRunner:
                                     self.torch_device)
         return KVCacheTorch(self.weights.config, capacity, self.torch_dtype, self.torch_device)
 
+    def new_padded_cache(self, num_padding, capacity):
+        return PaddedCacheTorch(self.weights.config, num_padding, capacity, self.torch_dtype,
+                                self.torch_device)
+
+    def new_paged_cache(self, num_blocks, block_size):
+        cache = PagedCacheInt8Torch if self.kv_dtype == "int8" else PagedCacheTorch
+        return cache(self.weights.config, num_blocks, block_size, self.torch_dtype,
+                     self.torch_device)
+
     def forward(self, tokens, positions, cache, rows=None):
         """Same contract as NumpyRunner.forward."""
         with torch.inference_mode():
@@ -133,11 +165,34 @@ class TorchRunner:
             positions = torch.tensor(positions, device=self.torch_device)
             return forward_torch(self.weights, tokens, positions, cache, rows)
 
+    def forward_batch(self, batch, paged_cache):
+        """Same contract as NumpyRunner.forward_batch. On a GPU a step that only decodes has one of
+        few sizes, so that a CUDA graph could be captured for each."""
+        if self.pads_batches and len(batch.tokens) == len(batch.spans):
+            batch = batch.padded(batch_bucket(len(batch.tokens)))
+        cache = paged_cache.step(batch.spans)
+        return self.forward(batch.tokens, batch.positions, cache, batch.rows)
+
+    def best_tokens(self, logits):
+        """best_tokens_torch; on a CPU through NumPy, whose argmax takes a tenth of the time."""
+        if self.device == "cpu":
+            return best_tokens_np(logits.float().numpy())
+        return best_tokens_torch(logits)
+
     sample = staticmethod(sample_torch)
     top_logprobs = staticmethod(top_logprobs_torch)
 
     def to_numpy(self, logits):
         return logits.float().cpu().numpy()
+
+
+def batch_bucket(num_rows):
+    """The size that a decode step of num_rows is padded to: 1, 2, 4, 8 and then multiples of 8.
+
+    >>> [batch_bucket(num_rows) for num_rows in (1, 3, 8, 9, 30)]
+    [1, 4, 8, 16, 32]
+    """
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
 
 
 def choose_device(device):

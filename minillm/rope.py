@@ -17,7 +17,7 @@ import lazy_loader as lazy
 import numpy as np
 
 from .exercise import exercise
-from .kernels import decode_op, is_small_float32
+from .kernels import decode_op, is_plain_float32
 
 torch = lazy.load("torch")
 
@@ -92,9 +92,9 @@ def rope_torch(x, cos, sin):
 
 
 def rope_fused(x, cos, sin):
-    """rope_torch in one call of our own kernel, for a few tokens in float32 on a CPU."""
+    """rope_torch in one call of our own kernel, in float32 on a CPU."""
     (N, H, D), (stride, *inner) = x.shape, x.stride()
-    kernel = decode_op("rope") if is_small_float32(x) and is_small_float32(cos) else None
+    kernel = decode_op("rope") if is_plain_float32(x) and is_plain_float32(cos) else None
     are_alike = cos.shape == sin.shape == (N, D // 2) and cos.dtype == sin.dtype
     are_rows = inner == [D, 1] and cos.is_contiguous() and sin.is_contiguous()
     if kernel is None or not are_alike or not are_rows:

@@ -91,6 +91,12 @@ class SamplingParams:
         """True if the best token is taken and nothing is drawn."""
         return self.temperature < GREEDY_BELOW
 
+    def takes_best_token(self, num_output_tokens: int) -> bool:
+        """True if the next token is the one with the largest logit, and nothing can change that."""
+        return (self.is_greedy and not self.logit_bias and self.repetition_penalty == 1
+                and not self.presence_penalty and not self.frequency_penalty
+                and num_output_tokens >= self.min_tokens)
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raises InputError if logit_bias names a token that a model of this size lacks."""
         for token in self.logit_bias or ():

@@ -36,7 +36,7 @@ from minillm.loading.registry import fetch
 from minillm.metrics import request_metrics
 
 fast = os.environ.get("MINILLM_FAST") == "1"
-llm = LLM("smollm2-135m-instruct", backend="numpy")
+llm = LLM("smollm2-135m-instruct", backend="numpy", batching="none")
 llm.config
 
 # %% [markdown]
@@ -178,7 +178,7 @@ request_metrics(50.0, [50.25, 50.30, 50.35, 50.50])
 # wait for one token. **Predict:** where will the twins differ, in the first dot or in the others?
 
 # %%
-llm_torch = LLM("smollm2-135m-instruct", backend="torch", dtype="float32")
+llm_torch = LLM("smollm2-135m-instruct", backend="torch", dtype="float32", batching="none")
 torch_name = f"torch, {llm_torch.runner.device}"
 twins = {"NumPy": llm, torch_name: llm_torch}
 colours = {"NumPy": ORANGE, torch_name: BLUE}

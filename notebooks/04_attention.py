@@ -37,7 +37,7 @@ from minillm.course import using
 from minillm.model_runner import choose_device
 
 fast = os.environ.get("MINILLM_FAST") == "1"
-llm = LLM("smollm2-135m-instruct", backend="numpy")
+llm = LLM("smollm2-135m-instruct", backend="numpy", batching="none")
 H, K, D = llm.config.heads
 print(f"H = {H} query heads, K = {K} key/value heads, D = {D} numbers a head, "
       f"{llm.config.num_hidden_layers} layers")

@@ -21,9 +21,7 @@
 # `chapters/07_kv_cache/README.md`.
 
 # %%
-import contextlib
 import inspect
-import io
 import os
 
 import numpy as np
@@ -33,13 +31,13 @@ from matplotlib.ticker import NullLocator
 from minillm import LLM, SamplingParams
 from minillm.bench.kv_cache import (
     BYTES_A_NUMBER, CACHES, COLOURS, LARGER_MODELS, ConcatenatedCache, answer, step, turn)
-from minillm.chat_session import print_all
 from minillm.course import using
-from minillm.generate import prefill
+from minillm.generate import generate, prefill
 from minillm.kv_cache import KVCache
+from minillm.request import Request
 
 fast = os.environ.get("MINILLM_FAST") == "1"
-llm = LLM("smollm2-135m-instruct", backend="numpy")
+llm = LLM("smollm2-135m-instruct", backend="numpy", batching="none")
 runner, config = llm.runner, llm.config
 (H, K, D), L = config.heads, config.num_hidden_layers
 print(f"L = {L} layers, H = {H} query heads, K = {K} key/value heads, D = {D}")
@@ -224,24 +222,32 @@ print("truncated, and one more token:", repr(llm.tokenizer.decode([int(continued
 # many tokens of the second prompt need to be computed?
 
 # %%
-conversation = llm.conversation()
 params_of_answer = SamplingParams(temperature=0, max_tokens=4 if fast else 16)
+cache, cached_token_ids, messages = runner.new_cache(256), [], []
 for question in ("What is the capital of France?", "And of Italy?"):
-    with contextlib.redirect_stdout(io.StringIO()) as said:  # in one piece, not word by word
-        metrics = print_all(conversation.say(question, params_of_answer)).metrics
-    print(question, "·", said.getvalue().strip())
-    print(f"   {metrics.num_cached_tokens} of {metrics.num_prompt_tokens} prompt tokens were cached; "
-          f"first token after {metrics.ttft_ms:.0f} ms")
-fresh = llm.chat(conversation.messages[:-1], params_of_answer)
-print(f"   the second prompt computed anew: {fresh.metrics.num_cached_tokens} cached, first token "
-      f"after {fresh.metrics.ttft_ms:.0f} ms; same answer: "
-      f"{fresh.text == conversation.messages[-1]['content']}")
+    messages.append({"role": "user", "content": question})
+    request = Request(llm.encode_chat(messages), params_of_answer, llm.stop_token_ids)
+    # The last token of a prompt is always computed: the answer starts from its logits.
+    same = os.path.commonprefix([cached_token_ids, request.prompt_token_ids[:-1]])
+    cache.truncate(len(same))
+    for _ in generate(runner, llm.tokenizer, request, cache):
+        pass
+    output = request.output
+    cached_token_ids = [*output.prompt_token_ids, *output.token_ids][: cache.length]
+    print(question, "·", output.text)
+    print(f"   {output.metrics.num_cached_tokens} of {output.metrics.num_prompt_tokens} prompt "
+          f"tokens were cached; first token after {output.metrics.ttft_ms:.0f} ms")
+    messages.append({"role": "assistant", "content": output.text})
+request = Request(llm.encode_chat(messages[:-1]), params_of_answer, llm.stop_token_ids)
+for _ in generate(runner, llm.tokenizer, request, runner.new_cache(256)):
+    pass
+print(f"   the second prompt computed anew: first token after {request.output.metrics.ttft_ms:.0f} "
+      f"ms; same answer: {request.output.text == output.text}")
 
 # %% [markdown]
 # Everything that both prompts begin with is kept, and the cache is truncated where they part. Only
-# the new question and the template around it are computed. (The first turn may be slower than its
-# tokens explain. A conversation's cache has room for the model's full context, and where pages are
-# large, the system hands all of it out at the first touch: see the end of the chapter.)
+# the new question and the template around it are computed. `llm.conversation()` and the command
+# `chat` do the same with whole blocks of a cache that all requests share: that is chapter 09.
 
 # %% [markdown]
 # ## What a full cache must not do

@@ -38,7 +38,7 @@ from minillm.quantization import (
 from minillm.smoothquant import smoothing_factors_np
 
 fast = os.environ.get("MINILLM_FAST") == "1"
-llm = LLM("smollm2-135m-instruct", backend="numpy")
+llm = LLM("smollm2-135m-instruct", backend="numpy", batching="none")
 layers = llm.runner.weights.layers
 embedding = llm.runner.weights.embed_tokens.weight  # [V, C]
 print("embedding [V, C]:", embedding.shape, "· down_proj of a layer [C, F]:",
@@ -418,8 +418,8 @@ print(plugged["quantize_int8_np"].calls, "calls")
 # %%
 num_tokens, rounds = (4, 1) if fast else (24, 3)
 names = ("bf16", "int4") if fast else ("bf16", "int8", "int4")
-models = {name: LLM("smollm2-135m-instruct", quantize=name) for name in names if name != "bf16"}
-models["bf16"] = LLM("smollm2-135m-instruct", dtype="bfloat16")
+models = {name: LLM("smollm2-135m-instruct", quantize=name, batching="none") for name in names if name != "bf16"}
+models["bf16"] = LLM("smollm2-135m-instruct", dtype="bfloat16", batching="none")
 params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 tpot_ms = {name: [] for name in names}
 for model in models.values():

@@ -15,6 +15,9 @@ from minillm.attention import (
     attention_np,
     attention_sdpa,
     attention_torch,
+    masked_attention_np,
+    masked_attention_sdpa,
+    masked_attention_torch,
     online_softmax_attention_np,
     online_softmax_attention_torch,
 )
@@ -186,3 +189,85 @@ def test_wrong_shapes_raise(form):
         run(form, q, k[..., :4], v)  # D of the keys
     with pytest.raises(wrong):
         run(form, q, k, v[:, :6])  # S of the values
+
+
+# ── A batch, with a mask for each sequence ───────────────────────────────────────────────────
+
+MASKED_TORCH_FORMS = [masked_attention_torch, masked_attention_sdpa]
+
+
+@st.composite
+def masked_shapes(draw):
+    """(B, H, K, T, S, D), pairwise different but for T, which is 1 in every decode."""
+    B, K, group, S, D = (draw(st.integers(1, most)) for most in (4, 4, 4, 20, 16))
+    H, T = K * group, draw(st.integers(1, 9) | st.just(1))
+    return (B, H, K, T, S, D) if len({B, H, K, S, D}) == 5 else draw(masked_shapes())
+
+
+def masked_case(B, H, K, T, S, D):
+    """q, k, v, visible: anybody sees anything, in any pattern, but at least one key."""
+    rng = np.random.default_rng([B, H, K, T, S, D])
+    visible = rng.random((B, T, S)) < 0.5
+    visible[np.arange(B)[:, None], np.arange(T), rng.integers(0, S, (B, T))] = True
+    return [*(rng.normal(size=shape) for shape in ((B, H, T, D), (B, K, S, D), (B, K, S, D))),
+            visible]
+
+
+@settings(max_examples=25, deadline=None)
+@given(masked_shapes())
+def test_masked_attention_is_a_loop_over_what_is_visible(shape):
+    B, H, K, T, _, D = shape
+    q, k, v, visible = masked_case(*shape)
+    expected = np.empty_like(q)
+    for b, h, t in np.ndindex(B, H, T):
+        seen = visible[b, t]
+        keys, values = k[b, h // (H // K), seen], v[b, h // (H // K), seen]
+        weights = np.exp(keys @ q[b, h, t] / math.sqrt(D))
+        expected[b, h, t] = weights @ values / weights.sum()
+    actual = masked_attention_np(q, k, v, visible)
+    assert_close(actual, expected, 1e-10)
+    k[0, :, ~visible[0].any(axis=0)] = 1e6  # keys that nobody sees, and their values
+    v[0, :, ~visible[0].any(axis=0)] = -1e6
+    np.testing.assert_array_equal(masked_attention_np(q, k, v, visible), actual)
+
+
+@pytest.mark.parametrize("form", MASKED_TORCH_FORMS)
+@every_device
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@settings(max_examples=12, deadline=None)
+@given(masked_shapes())
+def test_masked_torch_forms_agree_with_numpy(form, device, dtype, shape):
+    *qkv, visible = masked_case(*shape)
+    qkv = [torch.from_numpy(array).to(device, getattr(torch, dtype)) for array in qkv]
+    wide = "float32" if dtype == "float32" else "float64"
+    expected = masked_attention_np(*(x.double().cpu().numpy().astype(wide) for x in qkv), visible)
+    actual = form(*qkv, torch.from_numpy(visible).to(device))
+    assert actual.dtype == qkv[0].dtype and expected.dtype == wide
+    assert_close(actual.double().cpu(), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("form", [masked_attention_np, *MASKED_TORCH_FORMS])
+@settings(max_examples=12, deadline=None)
+@given(shapes())
+def test_with_a_causal_mask_it_is_the_plain_form(form, shape):
+    (T, S), qkv = shape[2:4], random_qkv(*shape)
+    visible = np.arange(S) <= np.arange(S - T, S)[:, None]
+    arrays = [x[None] for x in (*qkv, visible)]
+    if form is not masked_attention_np:
+        arrays = map(torch.from_numpy, arrays)
+    assert_close(form(*arrays)[0], attention_np(*qkv), 1e-10)
+
+
+@pytest.mark.parametrize("form", [masked_attention_np, *MASKED_TORCH_FORMS])
+@pytest.mark.parametrize("T", [1, 2])
+def test_masked_weights_by_hand(form, T):
+    """Scores 0, ln 3 and 9: unseen, the last one weighs nothing, and 1/4 of 8 and 3/4 of 4 is 5.
+    In the other sequence one key is seen, and its value, 6, is the answer."""
+    q = np.ones((2, 1, T, 1))
+    k = np.array([[[[0.0], [math.log(3)], [9]]]] * 2)
+    v = np.array([[[[8.0], [4], [100]]], [[[100.0], [6], [100]]]])
+    visible = np.array([[[True, True, False]] * T, [[False, True, False]] * T])
+    arrays = (q, k, v, visible)
+    if form is not masked_attention_np:
+        arrays = map(torch.from_numpy, arrays)
+    np.testing.assert_allclose(form(*arrays), [[[[5]] * T], [[[6]] * T]], rtol=1e-14)

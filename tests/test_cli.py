@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 from test_gguf_container import MALFORMED
 from test_llm import write_chat_model
 
+from minillm import LLM, SamplingParams
+from minillm import llm as llm_module
 from minillm.cli import build_parser, main, read_sampling_params
+from minillm.course.exercises import all_exercises
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?"
@@ -124,6 +129,120 @@ def test_an_odd_prompt_is_a_prompt(tiny, capsys, prompt):
     assert main(["generate", "--model", tiny, "--backend", "numpy", "--max-tokens", "1", "--json",
                  *dashes, prompt]) == 0
     assert len(json.loads(capsys.readouterr().out)["prompt_token_ids"]) == len(prompt.encode())
+
+
+# ---- which loop answers ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """The names of the loops that requests go through, of generate and of stream."""
+    taken = []
+
+    def noted(name, method):
+        def method_noted(*args):
+            taken.append(name)
+            return method(*args)
+
+        return method_noted
+
+    for name, method in list(llm_module.BATCHING.items()):
+        monkeypatch.setitem(llm_module.BATCHING, name, noted(name, method))
+    monkeypatch.setattr(LLM, "_steps", noted("continuous", LLM._steps))
+    monkeypatch.setattr(LLM, "_steps_alone", noted("none", LLM._steps_alone))
+    return taken
+
+
+def test_every_kind_of_batching_prints_the_same_text(tiny, loops, capsys):
+    printed = []
+    for options in ([], ["--batching", "continuous"], ["--batching", "static"],
+                    ["--batching=none"]):
+        assert main(["generate", "--model", tiny, "--backend", "numpy", "--temperature", "0",
+                     "--max-tokens", "8", *options, "Hi"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        printed.append(out)
+    assert len(set(printed)) == 1 and len(printed[0]) > 1
+    assert loops == ["continuous", "continuous", "static", "none"]
+
+
+@pytest.mark.parametrize("batching", ["continuous", "static", "none"])
+def test_json_does_not_depend_on_the_loop(tiny, loops, capsys, batching):
+    assert main(["generate", "--model", tiny, "--backend", "numpy", "--seed", "3", "--n", "2",
+                 "--max-tokens", "8", "--json", "--batching", batching, "Hi"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = LLM(tiny, "numpy", batching="none").generate(
+        "Hi", SamplingParams(seed=3, n=2, max_tokens=8))[0]
+    assert [each["token_ids"] for each in found["outputs"]] == [
+        each.token_ids for each in wanted.outputs]
+    assert loops[0] == batching
+
+
+@pytest.mark.parametrize("batching", ["dynamic", "Static", "contin\nuous"])
+def test_an_unknown_kind_of_batching_is_refused(tiny, capsys, batching):
+    assert_refused(capsys, ["generate", "Hi", "--model", tiny, "--batching", batching],
+                   f"batching {batching!r} is unknown", "continuous, static, none")
+
+
+def test_a_static_batch_has_no_int8_cache(tiny, capsys):
+    assert_refused(capsys, ["generate", "Hi", "--model", tiny, "--batching", "static",
+                            "--kv-dtype", "int8"], "kv_dtype 'int8' is not for a static batch")
+
+
+IMPORTS = """
+import math
+import numpy as np
+from minillm.attention import attention_np, check_shapes, online_softmax_attention_np
+from minillm.block_manager import ROOT_HASH, hash_block
+from minillm.kv_cache import MAX_PLAIN_SCORES
+from minillm.scheduler import preempt
+by_arrival = lambda sequence: sequence.order
+"""
+
+
+def submission(folder, *names):
+    """A file in which a student has written what the package has under these names."""
+    things = {each.name: each.reference for each in all_exercises()}
+    sources = [inspect.getsource(things[name]).partition("\n")[2] for name in names]  # no mark
+    path = folder / "mine.py"
+    path.write_text("\n\n".join([IMPORTS, *sources]))
+    return str(path)
+
+
+@pytest.mark.parametrize("names, batching", [
+    (["attention_np"], "none"),
+    (["KVCache"], "none"),
+    (["pad_batch"], "static"),
+    (["decode_batch", "masked_attention_np"], "static"),
+    (["pad_batch", "KVCache"], "static"),  # and nothing calls the second
+    (["BlockTable"], "continuous"),
+    (["paged_gather_np", "match_prefix"], "continuous"),
+    (["schedule"], "continuous"),
+    (["schedule", "pad_batch"], "continuous"),
+])
+def test_impl_chooses_the_loop_of_its_chapter(tiny, tmp_path, loops, capsys, names, batching):
+    arguments = ["generate", "--model", tiny, "--temperature", "0", "--max-tokens", "8", "Hi"]
+    assert main([*arguments, "--backend", "numpy"]) == 0
+    wanted = capsys.readouterr().out
+    loops.clear()
+    assert main([*arguments, "--impl", submission(tmp_path, *names)]) == 0
+    out, err = capsys.readouterr()
+    assert (out, loops) == (wanted, [batching])
+    chapters = {each.name: each.chapter for each in all_exercises()}
+    for name in names:
+        if chapters[name] == chapters[names[0]]:
+            assert re.search(rf"^\[your {name}: \d+ calls\]$", err, re.MULTILINE)
+        else:
+            assert f"[your {name} was not called on the way to this text]" in err
+
+
+def test_the_flag_goes_before_the_chapter(tiny, tmp_path, loops, capsys):
+    """A block table is needed in one loop only, and it is said that it was not called."""
+    path = submission(tmp_path, "BlockTable")
+    assert main(["generate", "--model", tiny, "--max-tokens", "2", "--impl", path, "--batching",
+                 "none", "Hi"]) == 0
+    assert loops == ["none"]
+    assert "[your BlockTable was not called on the way to this text]" in capsys.readouterr().err
 
 
 # ---- wrong arguments -------------------------------------------------------------------------

@@ -83,7 +83,9 @@ def test_exercises_are_found_in_the_order_of_the_course():
     assert [each.name for each in all_exercises()] == [
         "request_metrics", "bpe_train", "bpe_encode", "rms_norm_np", "rope_np", "swiglu_np",
         "attention_np", ONLINE, "forward_np", "top_k_np", "top_p_np", "min_p_np", "sample_np",
-        "KVCache", "quantize_int8_np", "quantize_group_np", "pack_int4_np", "quantized_matmul_np"]
+        "KVCache", "pad_batch", "masked_attention_np", "decode_batch", "BlockTable",
+        "paged_gather_np", "match_prefix", "schedule", "quantize_int8_np", "quantize_group_np",
+        "pack_int4_np", "quantized_matmul_np"]
     assert [each.twin_name for each in all_exercises() if each.chapter[:2] in ("01", "04", "07")
             ] == [None, "attention_torch", "online_softmax_attention_torch", "KVCacheTorch"]
 

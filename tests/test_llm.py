@@ -401,13 +401,31 @@ def assert_goes_on_like_a_fresh_chat(llm, conversation):
     return output
 
 
-def test_a_second_turn_computes_only_what_is_new(llm):
-    conversation = llm.conversation()
+@pytest.fixture
+def fresh(llm):
+    """The model behind an engine whose cache knows no prompt of another test."""
+    llm.__dict__.pop("engine", None)  # the next request makes a new one
+    return llm
+
+
+def full_blocks(llm, num_tokens):
+    """How many of so many tokens stand in blocks that are full, and so can be found again."""
+    return num_tokens // llm.engine_config.block_size * llm.engine_config.block_size
+
+
+def test_a_second_turn_computes_only_what_is_new(fresh):
+    conversation = fresh.conversation()
     first = finish(conversation.say(QUESTION[0]["content"], greedy(12)))
-    output = assert_goes_on_like_a_fresh_chat(llm, conversation)
+    second = finish(conversation.say("And of Italy?", greedy(6)))
     said = len(first.prompt_token_ids) + len(first.token_ids)
     assert first.metrics.num_cached_tokens == 0
-    assert output.metrics.num_cached_tokens == said - 1  # the end token was not taken through
+    # The end token was not taken through, and the last tokens fill no block.
+    assert second.metrics.num_cached_tokens == full_blocks(fresh, said - 1)
+    assert second.metrics.num_cached_tokens > len(second.prompt_token_ids) / 2
+    fresh.__dict__.pop("engine")  # now everything is computed anew
+    anew = fresh.chat(conversation.messages[:-1], greedy(6))
+    assert anew.metrics.num_cached_tokens == 0
+    assert_same_choices(fresh, anew.prompt_token_ids, second.token_ids, anew.token_ids)
 
 
 def test_the_system_message_comes_first(llm_numpy):
@@ -423,7 +441,7 @@ def test_an_answer_closed_half_way_is_remembered_as_far_as_it_came(llm_numpy):
     answer.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
     output = assert_goes_on_like_a_fresh_chat(llm_numpy, conversation)
-    assert output.metrics.num_cached_tokens >= 37
+    assert output.metrics.num_cached_tokens >= full_blocks(llm_numpy, 37)  # the first prompt
 
 
 def test_an_answer_put_aside_half_way_does_not_disturb_the_next(llm_numpy):
@@ -441,25 +459,28 @@ def test_an_answer_put_aside_half_way_does_not_disturb_the_next(llm_numpy):
 @pytest.mark.parametrize("backend, call", [
     ("numpy", 1), ("numpy", 17), ("numpy", 30), ("numpy", 31), ("numpy", 149),
     ("torch", 17), ("torch", 45)])
-def test_an_interrupt_in_any_layer_leaves_a_whole_conversation(request, backend, call):
+def test_an_interrupt_in_any_layer_leaves_a_whole_conversation(request, monkeypatch, backend, call):
     """30 layers: calls 1 to 30 of the cache are the prompt's, each 30 after that a token's."""
     llm = request.getfixturevalue(f"llm_{backend}")
-    conversation = llm.conversation()
-    cache, attend, calls = conversation.cache, conversation.cache.attend, []
+    llm.__dict__.pop("engine", None)
+    conversation, write, calls = llm.conversation(), llm.engine.cache.write, []
 
-    def attend_until_interrupted(*args):
-        attention = attend(*args)
+    def write_until_interrupted(*args):
+        write(*args)
         calls.append(args[0])
         if len(calls) == call:
             raise KeyboardInterrupt
-        return attention
 
-    cache.attend = attend_until_interrupted
-    with pytest.raises(KeyboardInterrupt):
-        finish(conversation.say(QUESTION[0]["content"], greedy(12)))
-    cache.attend = attend
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.cache, "write", write_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(conversation.say(QUESTION[0]["content"], greedy(12)))
+    assert len(calls) == call
     assert len(conversation.messages) == 2
-    assert_goes_on_like_a_fresh_chat(llm, conversation)
+    llm.engine.scheduler.blocks.check_integrity([])
+    output = assert_goes_on_like_a_fresh_chat(llm, conversation)
+    if call <= 30:  # what broke off in the prompt is known to nobody
+        assert output.metrics.num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("text, params", [

@@ -466,6 +466,49 @@ def test_truncations_keep_the_dtype(dtype):
     assert s.top_k_np(np.float32([1, 3, 2]), 2).dtype == np.float32
 
 
+# ── the best token of many rows ──────────────────────────────────────────────────────────────────
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.mark.parametrize("best_tokens", [
+    s.best_tokens_np, lambda logits: s.best_tokens_torch(torch.from_numpy(logits))])
+def test_best_tokens_by_hand(best_tokens):
+    """Of equals the lowest id; -inf rules a token out, and is no overflow."""
+    logits = np.array([[1, 5, 2, 5], [-3, -4, -3, -9], [-np.inf, -np.inf, 0, -np.inf]])
+    assert best_tokens(logits) == [1, 0, 2]
+    assert all(type(token) is int for token in best_tokens(logits))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(FloatingPointError, match="the best logit of a row is not finite"):
+            best_tokens(np.array([[1, 5, 2, 5], [0, bad, 0, 0]]))
+    with pytest.raises(FloatingPointError):
+        best_tokens(np.full((2, 3), -np.inf))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("R", [1, 3, 8])
+def test_best_tokens_are_those_that_each_row_gets_alone(device, dtype, R):
+    """Coarse numbers, so that ties are common."""
+    logits = np.round(np.random.default_rng(R).normal(0, 2, (R, 997)).astype("float32"), 0)
+    rows = torch.from_numpy(logits).to(device, getattr(torch, dtype))
+    expected = [s.sample_np(row, GREEDY, 0.5) for row in logits]
+    assert s.best_tokens_np(logits) == s.best_tokens_torch(rows) == expected
+    assert expected == [s.sample_torch(row, GREEDY, 0.5) for row in rows]
+
+
+def test_who_takes_the_best_token():
+    assert GREEDY.takes_best_token(0)
+    assert not SamplingParams().takes_best_token(0)
+    for changed in ({"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1},
+                    {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):
+        assert not dataclasses.replace(GREEDY, **changed).takes_best_token(9)
+    params = dataclasses.replace(GREEDY, min_tokens=3)
+    assert [params.takes_best_token(count) for count in range(5)] == [False] * 3 + [True] * 2
+    # What cannot change the best does not matter.
+    assert dataclasses.replace(GREEDY, top_k=3, top_p=0.5, min_p=0.1, seed=1).takes_best_token(0)
+
+
 # ── log-probabilities ────────────────────────────────────────────────────────────────────────────
 
 def test_top_logprobs_by_hand():

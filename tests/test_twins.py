@@ -13,7 +13,7 @@ PACKAGE = Path(minillm.__file__).parent
 ALONE = {
     ("calibration.py", "Watched.matmul_np"): "calibration runs in NumPy, for both backends",
     ("quantized_matmul.py", "KernelMatrix.matmul_torch"): "our own kernel, a faster *.matmul_torch",
-    ("quantized_matmul.py", "KernelReference.rows_torch"): "those of the matrix that it holds",
+    ("quantized_matmul.py", "KernelInt8.rows_torch"): "a faster Int8.rows_torch",
     ("quantized_matmul.py", "KernelInt4.rows_torch"): "a faster Int4.rows_torch",
     ("linear.py", "PackedDense.matmul_torch"): "oneDNN's layout, a faster Dense.matmul_torch",
     # Operators of PyTorch, each a faster form of a class that has both; NumPy has none for bytes.

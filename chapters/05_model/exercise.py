@@ -17,6 +17,8 @@ heads · K key/value heads · D head dimension · V vocabulary.
 
 from __future__ import annotations
 
+import numpy as np
+
 from minillm.linear import embedding_np, linear_np
 from minillm.mlp import swiglu_np
 from minillm.norm import rms_norm_np

@@ -33,6 +33,10 @@ BENCHMARKS = {
     "roofline": "05_model",
     "sampling": "06_sampling",
     "kv_cache": "07_kv_cache",
+    "batching": "08_batching",
+    "paged_cache": "09_paged_cache",
+    "throughput": "10_continuous_batching",
+    "load": "10_continuous_batching",
     "quantization": "11_quantization",
     "peers": "peers",
 }

@@ -1,9 +1,16 @@
 """How are several engines measured side by side? Each in a process of its own, in turns.
 
 An engine class has `imports(...)`, which does before the clock starts what is not loading a model,
-a constructor with the same arguments that loads, and `answer(token_ids, num_tokens)`: the greedy
-tokens, and the seconds from submission to each of them. `Worker` runs one in another process, so
-that no library's threads or memory disturb another's. `llamacpp.py` has one more engine.
+a constructor with the same arguments that loads, and methods that answer, always greedily, with as
+many tokens as are asked for, whatever the model says:
+
+    answer(token_ids, num_tokens)        -> the tokens, the seconds from submission to each of them
+    answer_many(prompts, nums_tokens)    -> a list of tokens for each prompt, the seconds from the
+                                            submission of all to the end of the last one, and how
+                                            many rows went through the model for them
+
+`Worker` runs one in another process, so that no library's threads or memory disturb another's.
+`llamacpp.py` has more engines.
 """
 
 from __future__ import annotations
@@ -31,39 +38,71 @@ class Minillm:
         if backend == "torch":
             import torch  # noqa: F401
 
-            load_kernel("quantized_matmul")  # which is compiled once on a machine
+            for name in ("quantized_matmul", "paged_attention"):
+                load_kernel(name)  # which is compiled once on a machine
 
-    def __init__(self, model, backend="torch", dtype="auto", quantize=None, kv_dtype="auto"):
-        from .. import LLM, SamplingParams
+    def __init__(self, model, backend="torch", dtype="auto", quantize=None, kv_dtype="auto",
+                 **options):
+        from .. import LLM
 
-        self.llm = LLM(model, backend, "cpu", dtype, quantize, kv_dtype)
-        self.params = lambda num: SamplingParams(temperature=0, max_tokens=num, ignore_eos=True)
+        # Every round asks the same, and is to compute it again.
+        self.llm = LLM(model, backend, "cpu", dtype, quantize, kv_dtype,
+                       enable_prefix_caching=False, **options)
+        self.num_rows = 0
+        self.forward, self.llm.runner.forward = self.llm.runner.forward, self._counting_forward
+
+    @staticmethod
+    def greedy(num_tokens):
+        from .. import SamplingParams
+
+        return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
     def answer(self, prompt_token_ids, num_tokens):
-        output = self.llm.generate([prompt_token_ids], self.params(num_tokens))[0]
+        output = self.llm.generate([prompt_token_ids], self.greedy(num_tokens))[0]
         gaps_ms = [output.metrics.ttft_ms, *output.metrics.itl_ms]
         return output.token_ids, (np.cumsum(gaps_ms) / 1000).tolist()
 
+    def answer_many(self, prompts, nums_tokens):
+        self.num_rows, start_s = 0, time.perf_counter()
+        outputs = self.llm.generate(prompts, [self.greedy(num) for num in nums_tokens])
+        seconds = time.perf_counter() - start_s
+        return [output.token_ids for output in outputs], seconds, self.num_rows
+
+    def _counting_forward(self, tokens, positions, cache, rows=None):
+        self.num_rows += len(tokens)
+        return self.forward(tokens, positions, cache, rows)
+
 
 class Transformers:
-    """Hugging Face transformers: the same file, dequantized by it, and its own generate()."""
+    """Hugging Face transformers: the same file, dequantized by it, and its own generate().
+
+    max_num_seqs: prompts that it is given at once, padded on the left; the next ones follow when
+    all of them have their answers.
+    """
 
     @staticmethod
-    def imports(model, dtype):
+    def imports(model, *others):
         import gguf  # noqa: F401
         import torch  # noqa: F401
         from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    def __init__(self, model, dtype):
-        import torch
+    def __init__(self, model, dtype, max_num_seqs=64):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
+        self.model = self.load(model, dtype).eval()
+        self.model.generation_config.eos_token_id = None  # as ignore_eos: exactly num_tokens
+        self.max_num_seqs, self.num_rows = max_num_seqs, 0
+        self.model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def load(self, model, dtype):
+        import torch
+        from transformers import AutoModelForCausalLM
+
         path = resolve(model)
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)).eval()
-        self.model.generation_config.eos_token_id = None  # as ignore_eos: exactly num_tokens
+            return AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
 
     def answer(self, prompt_token_ids, num_tokens):
         import torch
@@ -74,6 +113,31 @@ class Transformers:
                                       do_sample=False, streamer=clock,
                                       attention_mask=torch.ones(1, len(prompt_token_ids)))
         return ids[0, len(prompt_token_ids):].tolist(), clock.times_s
+
+    def answer_many(self, prompts, nums_tokens):
+        self.num_rows, start_s, answers = 0, time.perf_counter(), []
+        for first in range(0, len(prompts), self.max_num_seqs):
+            batch = slice(first, first + self.max_num_seqs)
+            answers += self._answer_batch(prompts[batch], nums_tokens[batch])
+        return answers, time.perf_counter() - start_s, self.num_rows
+
+    def _answer_batch(self, prompts, nums_tokens):
+        """As long as the longest answer wants; the others are cut."""
+        import torch
+
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt):] = torch.tensor(prompt)
+            mask[row, width - len(prompt):] = 1
+        with torch.inference_mode():
+            ids = self.model.generate(ids, attention_mask=mask, max_new_tokens=max(nums_tokens),
+                                      do_sample=False)
+        return [row[width : width + num].tolist() for row, num in zip(ids, nums_tokens)]
+
+    def _count(self, module, arguments):
+        self.num_rows += arguments[0].numel()
 
 
 class TokenClock:
@@ -96,27 +160,32 @@ class TokenClock:
 class Worker:
     """An engine in a process of its own, asked one question at a time.
 
+    arguments, options: those of the engine's constructor.
     load_s: seconds that its constructor took: the imports are done, and the file is in the page
     cache. memory_before_bytes: the peak until then, which is Python and the libraries.
     """
 
-    def __init__(self, engine, *arguments):
+    def __init__(self, engine, *arguments, **options):
         read_into_page_cache(resolve(arguments[0]))
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(engine, arguments, theirs), daemon=True)
+        self.process = context.Process(target=serve, args=(engine, arguments, options, theirs),
+                                       daemon=True)
         self.process.start()
         theirs.close()
         self.load_s, self.memory_before_bytes = self._receive()
 
     def answer(self, prompt_token_ids, num_tokens):
-        return self._ask((prompt_token_ids, num_tokens))
+        return self._ask("answer", prompt_token_ids, num_tokens)
+
+    def answer_many(self, prompts, nums_tokens):
+        return self._ask("answer_many", prompts, nums_tokens)
 
     def peak_memory_bytes(self):
         """The most that was resident so far: libraries, weights, and pages of a mapped file."""
-        return self._ask(None)
+        return self._ask("peak_memory_bytes")
 
-    def _ask(self, question):
+    def _ask(self, *question):
         self.pipe.send(question)
         return self._receive()
 
@@ -133,19 +202,20 @@ class Worker:
         self.process.join()
 
 
-def serve(engine, arguments, pipe):
+def serve(engine, arguments, options, pipe):
     """Runs in the worker's process, until the pipe closes."""
     engine.imports(*arguments)
     memory_before_bytes = peak_memory_bytes()
     start_s = time.perf_counter()
-    loaded = engine(*arguments)
+    loaded = engine(*arguments, **options)
     pipe.send((time.perf_counter() - start_s, memory_before_bytes))
     while True:
         try:
-            question = pipe.recv()
+            method, *question = pipe.recv()
         except EOFError:
             return
-        pipe.send(peak_memory_bytes() if question is None else loaded.answer(*question))
+        pipe.send(peak_memory_bytes() if method == "peak_memory_bytes"
+                  else getattr(loaded, method)(*question))
 
 
 def read_into_page_cache(path):
@@ -161,13 +231,16 @@ def in_process(function):
 
 
 @contextlib.contextmanager
-def open_workers(entries):
+def open_workers(entries, options=None):
     """{name: (engine, its arguments ...)} -> {name: Worker}, while the context lasts; one loads
-    after the other, so that no two loads disturb each other."""
+    after the other, so that no two loads disturb each other.
+
+    options: {name: {the arguments that are given by name}}, for those who have any
+    """
     workers = {}
     try:
         for name, entry in tqdm(entries.items(), desc="load", unit="engine"):
-            workers[name] = Worker(*entry)
+            workers[name] = Worker(*entry, **(options or {}).get(name, {}))
         yield workers
     finally:
         for worker in workers.values():

@@ -36,7 +36,7 @@ def measure():
     text_token_ids = read_prompt()
 
     limits = in_process(measure_limits)
-    llms = {name: LLM(MODEL, backend=name, dtype="float32") for name in TWINS}
+    llms = {name: LLM(MODEL, backend=name, dtype="float32", batching="none") for name in TWINS}
     question = llms["numpy"].encode_chat([{"role": "user", "content": f"{QUESTION}\n\n{text}"}])
     prompts = {"answer": question} | {str(length): text_token_ids[:length] for length in lengths}
     for llm in llms.values():  # warm-up: allocators, thread pools, first-call set-up

@@ -1,4 +1,4 @@
-"""llama.cpp, as an engine to be measured beside ours; no requirement of minillm.
+"""llama.cpp, as engines to be measured beside ours; no requirement of minillm.
 
 `pip install llama-cpp-python==0.3.36` brings it in, and builds it with the compiler of the machine
 for the processor of the machine. What is called here are its C functions: the Python class around
@@ -78,6 +78,84 @@ class LlamaCpp:
             token_ids += unread
             times_s.append(time.perf_counter() - start_s)
         return token_ids, times_s
+
+
+class LlamaCppParallel(LlamaCpp):
+    """llama.cpp's parallel sequences: one batch takes a token of each, as llama-batched-bench does.
+
+    A context has room for a number of sequences. It keeps their keys and values apart, or in one
+    memory in which each token's mask hides the others; which is faster depends on the machine, so
+    the first question with that many prompts tries both, and the faster stays.
+
+    room: tokens that a sequence may have; llama.cpp rounds it up to a multiple of 256.
+    """
+
+    def __init__(self, model, room=256):
+        super().__init__(model)
+        self.room = room
+        self.lib.llama_free(self.context)
+        self.contexts = {}  # number of sequences: the faster context
+
+    def answer_many(self, prompts, nums_tokens):
+        """All prompts have the same length, and so have all answers."""
+        (num_prompt_tokens,), (num_tokens,) = set(map(len, prompts)), set(nums_tokens)
+        if num_prompt_tokens + num_tokens > self.room:
+            raise ValueError(f"{num_prompt_tokens} + {num_tokens} tokens, room is for {self.room}")
+        if len(prompts) not in self.contexts:
+            self.contexts[len(prompts)] = self._faster_context(prompts, num_tokens)
+        self.context = self.contexts[len(prompts)]
+        return self._answer_together(prompts, num_tokens)
+
+    def _faster_context(self, prompts, num_tokens):
+        contexts = {unified: self._new_context(len(prompts), unified) for unified in (False, True)}
+        seconds = {unified: [] for unified in contexts}
+        for unified in [*contexts] * 3:  # the first time each warms up
+            self.context = contexts[unified]
+            seconds[unified].append(self._answer_together(prompts, num_tokens)[1])
+        faster = min(contexts, key=lambda unified: min(seconds[unified][1:]))
+        self.lib.llama_free(contexts[not faster])
+        return contexts[faster]
+
+    def _new_context(self, num_seqs, unified):
+        settings = self.lib.llama_context_default_params()
+        settings.n_ctx = num_seqs * self.room
+        settings.n_batch = settings.n_ubatch = BATCH
+        settings.n_seq_max, settings.kv_unified = num_seqs, unified
+        settings.n_threads = settings.n_threads_batch = num_threads()
+        context = self.lib.llama_init_from_model(self.model, settings)
+        if not context:
+            raise RuntimeError(f"llama.cpp makes no context for {num_seqs} sequences")
+        return context
+
+    def _answer_together(self, prompts, num_tokens):
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        T, num_rows, start_s = len(prompts[0]), 0, time.perf_counter()
+        answers = [[] for _ in prompts]
+        rows = [(prompt[t], t, i, t == T - 1) for i, prompt in enumerate(prompts) for t in range(T)]
+        for step in range(num_tokens):
+            for first in range(0, len(rows), BATCH):
+                for i, token in self._best_tokens(rows[first : first + BATCH]):
+                    answers[i].append(token)
+            num_rows += len(rows)
+            rows = [(answer[-1], T + step, i, True) for i, answer in enumerate(answers)]
+        return answers, time.perf_counter() - start_s, num_rows
+
+    def _best_tokens(self, rows):
+        """rows: [(token, position, sequence, wants logits), ...], up to 512
+        -> [(sequence, the best next token), ...] of those that want logits."""
+        batch, batch.n_tokens = self.batch, len(rows)
+        for row, (token, position, sequence, wants_logits) in enumerate(rows):
+            batch.token[row], batch.pos[row] = token, position
+            batch.seq_id[row][0], batch.logits[row] = sequence, wants_logits
+        code = self.lib.llama_decode(self.context, batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode of {len(rows)} rows answered {code}")
+        sequences = [sequence for _, _, sequence, wants_logits in rows if wants_logits]
+        if not sequences:
+            return []
+        logits = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context),
+                                       (len(sequences), self.vocab_size))
+        return list(zip(sequences, logits.argmax(axis=1).tolist()))
 
 
 def import_llama_cpp():

@@ -100,9 +100,10 @@ def run_course(args):
 @contextlib.contextmanager
 def plugged_in(path, backend):
     """Run the engine on the functions in a student's file, of whatever chapters; says on standard
-    error what was used, so that nobody takes the engine's own work for theirs."""
+    error what was used, so that nobody takes the engine's own work for theirs. Yields their names.
+    """
     if path is None:
-        yield
+        yield []
         return
     path = find_submission(path)
     functions, unfilled = read_functions(path)
@@ -111,7 +112,7 @@ def plugged_in(path, backend):
         print(f"[{name} is still to be written: the engine uses its own]", file=sys.stderr)
     try:
         with using(**functions) as plugged:
-            yield
+            yield list(functions)
     except InputError:
         raise
     except Exception as error:

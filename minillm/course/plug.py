@@ -22,6 +22,7 @@ from .exercises import all_exercises
 # too: else a student's function would be plugged in, and never be called.
 FASTER_FORMS = {
     "attention_torch": ["attention_sdpa"],
+    "masked_attention_torch": ["masked_attention_sdpa"],
     "rms_norm_torch": ["rms_norm_fused"],
     "rope_torch": ["rope_fused"],
     "bpe_encode": ["bpe_encode_fast"],
@@ -47,8 +48,11 @@ def using(**replacements):
     Names are those of exercises and of their PyTorch twins. Blocks may be nested. Not for several
     threads: the whole process sees the change. Inside, `minillm.attention.attention_np` *is* your
     function, so one that calls the original must have imported it by name before.
-    Note that NumPy's KVCache calls attention_np for up to 2**18 scores a head, and
-    online_softmax_attention_np beyond; they have one contract, so either can stand for both.
+    Which functions an LLM calls depends on its loop: KVCache, and attention_np for every token,
+    belong to LLM(batching="none"); the functions of chapter 08 to "static", those of chapters 09
+    and 10 to "continuous". Note that NumPy's KVCache calls attention_np for up to 2**18 scores a
+    head, and online_softmax_attention_np beyond; they have one contract, so either can stand for
+    both.
     """
     homes = _homes()
     for name, thing in replacements.items():

@@ -153,6 +153,8 @@ def _imports(exercises, keep_bodies=False):
     """The import statements that the exercises of a chapter need, sorted as ruff sorts them."""
     whole, standard, package = set(), {}, {}
     own = {each.name for each in exercises}
+    if any(name.endswith("_np") for name in own):  # also where our own body gets by without
+        whole.add("import numpy as np")
     for each in exercises:
         module_tree = ast.parse(inspect.getsource(each.module))
         named = _names_in(_source_lines(each, keep_bodies=False))

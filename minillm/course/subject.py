@@ -61,7 +61,10 @@ class Watched:
     """An object of a student's class, watched through its methods."""
 
     def __init__(self, subject, thing):
-        self._subject, self._thing = subject, thing
+        self.__dict__.update(_subject=subject, _thing=thing)
+
+    def __setattr__(self, name, value):
+        setattr(self._thing, name, value)
 
     def __getattr__(self, name):
         full_name = f"{self._subject.name}.{name}"

@@ -25,7 +25,6 @@ DECODE_OPS = {  # the functions of decode_ops.c
     "rms_norm": (POINTER, POINTER, FLOAT, POINTER, INT, INT),
     "rope": (POINTER, POINTER, POINTER, POINTER, INT, INT, INT, INT),
 }
-SMALL = 2**14  # numbers: beyond, PyTorch's operations pay, since they use all cores
 
 
 @functools.cache
@@ -63,11 +62,9 @@ def decode_op(name):
     return function
 
 
-def is_small_float32(x):
-    """True for a tensor that decode_ops.c takes: a few tokens' numbers, on a CPU, and no gradient
-    that is to flow through them."""
-    return (x.is_cpu and x.element_size() == 4 and x.is_floating_point() and x.numel() <= SMALL
-            and not x.requires_grad)
+def is_plain_float32(x):
+    """True for a tensor that decode_ops.c takes: on a CPU, no gradient is to flow through it."""
+    return (x.is_cpu and x.element_size() == 4 and x.is_floating_point() and not x.requires_grad)
 
 
 def compile_kernel(command, source, target):

@@ -1,0 +1,14 @@
+"""the scores are not divided by √D"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def masked_attention_np(q, k, v, visible):
+    H, K = q.shape[1], k.shape[1]
+    k, v = np.repeat(k, H // K, axis=1), np.repeat(v, H // K, axis=1)
+    scores = q @ k.swapaxes(2, 3)
+    scores = np.where(visible[:, None], scores, -np.inf)
+    probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return probs / probs.sum(axis=-1, keepdims=True) @ v

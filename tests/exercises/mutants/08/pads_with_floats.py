@@ -1,0 +1,15 @@
+"""np.zeros makes floats"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pad_batch(prompts, pad_token_id=0):
+    T = max(map(len, prompts))
+    tokens = np.zeros((len(prompts), T)) + pad_token_id
+    num_padding = np.array([T - len(prompt) for prompt in prompts])
+    for row, prompt in zip(tokens, prompts):
+        row[T - len(prompt):] = prompt
+    positions = np.maximum(np.arange(T) - num_padding[:, None], 0)
+    return tokens, positions, num_padding

@@ -1,0 +1,18 @@
+"""misses none, not a negative number"""
+
+from __future__ import annotations
+
+
+class BlockTable:
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.block_ids = []
+
+    def num_missing_blocks(self, num_tokens):
+        return -(-num_tokens // self.block_size) - len(self.block_ids)
+
+    def slot_mapping(self, start, end):
+        if self.num_missing_blocks(end) > 0:
+            raise ValueError(f"no block for position {end - 1}")
+        return [self.block_ids[position // self.block_size] * self.block_size
+                + position % self.block_size for position in range(start, end)]
