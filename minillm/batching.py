@@ -18,7 +18,7 @@ import numpy as np
 
 from .attention import masked_attention_np, masked_attention_sdpa
 from .exercise import exercise
-from .generate import CompletionWriter
+from .generate import PREFILL_CHUNK, CompletionWriter
 from .metrics import request_metrics
 from .sampling import request_rng
 
@@ -173,10 +173,14 @@ def generate_static(runner, tokenizer, requests):
         writers[row].add(token)
         return token, completion.finish_reason is not None
 
-    last_rows = list(range(T - 1, B * T, T))  # every prompt ends in the last column
+    width = max(1, PREFILL_CHUNK // B)  # columns a pass; every prompt ends in the last one
     next_positions = [len(request.prompt_token_ids) for request, _ in rows]
     try:
-        logits = runner.forward(tokens.ravel(), positions.ravel(), cache, last_rows)
+        for start in range(0, T, width):
+            chunk, num = slice(start, start + width), min(width, T - start)
+            last_rows = list(range(num - 1, B * num, num)) if start + num == T else []
+            logits = runner.forward(tokens[:, chunk].ravel(), positions[:, chunk].ravel(), cache,
+                                    last_rows)
         decode_batch(lambda tokens, positions: runner.forward(tokens, positions, cache), logits,
                      next_positions, pick)
     finally:

@@ -78,12 +78,14 @@ class Engine:
     def __init__(self, runner, tokenizer, config=EngineConfig()):
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.context_len = runner.weights.config.max_position_embeddings
-        num_blocks = config.num_blocks or default_num_blocks(runner, config.block_size)
+        self.is_stepping, self.aborted_meanwhile = False, []
+        num_blocks = config.num_blocks
         try:
+            num_blocks = num_blocks or default_num_blocks(runner, config.block_size)
             self.cache = runner.new_paged_cache(num_blocks, config.block_size)
-        except MemoryError:
-            raise InputError(f"num_blocks is {num_blocks}, and this machine has no memory for so "
-                             f"many blocks of {config.block_size} tokens: lower it") from None
+        except (MemoryError, ValueError, RuntimeError):  # as NumPy, or PyTorch, or CUDA says it
+            raise InputError(f"num_blocks is {num_blocks} and block_size {config.block_size}: no "
+                             "memory for so large a cache, lower them") from None
         blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.answers = {}  # request id -> {index of the completion: Answer}, while unfinished
@@ -91,13 +93,16 @@ class Engine:
 
     def check(self, request):
         """Raise InputError for a request that could never be finished."""
-        num_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens,
-                         self.context_len)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if not 1 <= num_prompt_tokens < self.context_len:
+            raise InputError(f"the prompt has {num_prompt_tokens} tokens, must have 1 to "
+                             f"{self.context_len - 1}, so that the context holds an answer as well")
+        num_tokens = min(num_prompt_tokens + request.params.max_tokens, self.context_len)
         blocks = self.scheduler.blocks
         if not blocks.fits_when_alone(num_tokens):
             raise InputError(
-                f"a prompt of {len(request.prompt_token_ids)} tokens and an answer of up to "
-                f"{num_tokens - len(request.prompt_token_ids)} cannot fit in the KV cache of "
+                f"a prompt of {num_prompt_tokens} tokens and an answer of up to "
+                f"{num_tokens - num_prompt_tokens} cannot fit in the KV cache of "
                 f"{blocks.num_blocks} blocks of {blocks.block_size}: shorten them, or raise "
                 "num_blocks")
 
@@ -117,6 +122,9 @@ class Engine:
     def abort(self, request_id):
         """Drop what is unfinished of a request, and free its blocks at once. One that has ended,
         or never was, is no error: who aborts cannot know."""
+        if self.is_stepping:  # Python's garbage collector has closed a stream, in the middle of it
+            self.aborted_meanwhile.append(request_id)
+            return
         for answer in self.answers.pop(request_id, {}).values():
             self.scheduler.remove(answer.sequence)
             answer.close()
@@ -127,6 +135,7 @@ class Engine:
     def step(self):
         """Compute one batch;  -> StepOutput. Nothing happens if no request is unfinished."""
         try:
+            self.is_stepping = True
             batch = self.scheduler.schedule()
             logits = self.forward(batch)
             sampled = self.sample(batch, logits)
@@ -134,6 +143,10 @@ class Engine:
         except BaseException as error:
             self._restart(has_nan=isinstance(error, FloatingPointError))
             raise
+        finally:
+            self.is_stepping = False
+            while self.aborted_meanwhile:
+                self.abort(self.aborted_meanwhile.pop())
 
     def forward(self, batch):
         """-> logits [R, vocabulary] of the R sequences whose next token is due."""

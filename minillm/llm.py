@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import deque
 
 from tqdm import tqdm
 
@@ -35,9 +34,11 @@ class LLM:
     quantize: None, or how to store the weights: "int8", "int4", "w8a8", "native" and others, see
     `quantize_model.py`.   kv_dtype: "auto", or "int8" for a KV cache of half the size.
     batching: "continuous", many requests in one paged cache; "static", padded batches of up to
-    max_num_seqs, one after the other; "none", one request after the other. The texts are the same.
-    engine_options: the fields of EngineConfig, such as max_num_seqs, max_num_batched_tokens,
-    num_blocks.
+    max_num_seqs, one after the other (a request that wants more answers is a batch by itself);
+    "none", one request after the other. The texts are the same.
+    engine_options: the fields of EngineConfig, such as max_num_seqs, max_num_batched_tokens and
+    num_blocks, for continuous batching; a static batch reads max_num_seqs alone.
+    One thread at a time may call it.
     Raises InputError for what is not there, cannot be read or is not supported.
     """
 
@@ -66,7 +67,6 @@ class LLM:
                              f"and has only {self.vocab_size} tokens: get the model again")
         self.runner = make_runner(checkpoint, backend, device, dtype, kv_dtype)
         self.template_sandbox = TemplateSandbox()
-        self._pieces = {}  # request id -> text that its stream has not fetched yet
 
     @functools.cached_property
     def engine(self):
@@ -110,7 +110,7 @@ class LLM:
         return self._stream(self._request(token_ids, params))
 
     def conversation(self, system=None):
-        """A conversation that remembers, and computes no turn twice."""
+        """A conversation that remembers; with continuous batching no turn is computed twice."""
         return Conversation(self, system)
 
     def logits(self, token_ids):
@@ -182,11 +182,12 @@ class LLM:
 
     def _run_continuous(self, requests, bar):
         """All at once, and whoever streams beside them goes on as well."""
-        request_ids = [self.engine.add_request(request) for request in requests]
-        unfinished = set(request_ids)
+        unfinished = set()
         try:
+            for request in requests:
+                unfinished.add(self.engine.add_request(request))
             while unfinished:
-                self._step()
+                self.engine.step()
                 ended = {each for each in unfinished if not self.engine.is_unfinished(each)}
                 unfinished -= ended
                 bar.update(len(ended))
@@ -215,24 +216,18 @@ class LLM:
                 pass
             bar.update()
 
-    def _step(self):
-        """One step of the engine; text goes to the stream that waits for it."""
-        for request_id, _, piece in self.engine.step().texts:
-            if request_id in self._pieces:
-                self._pieces[request_id].append(piece)
-
     def _steps(self, request):
-        """(completion, piece of text) after every token; other streams go on meanwhile."""
-        completion = request.output.outputs[0]
+        """(completion, piece of text) as it comes; whoever else runs goes on meanwhile."""
+        completion, num_shown = request.output.outputs[0], 0
         request_id = self.engine.add_request(request)
-        pieces = self._pieces[request_id] = deque()
         try:
-            while pieces or self.engine.is_unfinished(request_id):
-                while not pieces:
-                    self._step()
-                yield completion, pieces.popleft()
+            while num_shown < len(completion.text) or self.engine.is_unfinished(request_id):
+                if num_shown == len(completion.text):
+                    self.engine.step()
+                piece = completion.text[num_shown:]
+                num_shown += len(piece)
+                yield completion, piece
         finally:
-            del self._pieces[request_id]
             self.engine.abort(request_id)
 
     def _steps_alone(self, request):

@@ -14,6 +14,7 @@ bfloat16.
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 import lazy_loader as lazy
@@ -112,7 +113,8 @@ class PagedCache:
 
     def step(self, spans):
         """What one forward pass takes for its cache; `spans` as StepLayout describes them."""
-        return PagedStep(self, StepLayout(spans, self.block_size))
+        num_blocks = self.keys.shape[1]
+        return PagedStep(self, StepLayout(spans, self.block_size, num_blocks))
 
 
 class PagedCacheTorch(PagedCache):
@@ -135,7 +137,9 @@ class PagedCacheTorch(PagedCache):
                 paged_gather_torch(self.values[layer], block_tables))
 
     def step(self, spans):
-        return PagedStepTorch(self, StepLayout(spans, self.block_size, self.device.type == "cuda"))
+        layout = StepLayout(spans, self.block_size, self.keys.shape[1],
+                            in_one_group=self.device.type == "cuda")
+        return PagedStepTorch(self, layout)
 
 
 def lazy_zeros(shape, dtype, device):
@@ -143,7 +147,7 @@ def lazy_zeros(shape, dtype, device):
     until they are touched."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = dtype.itemsize * int(np.prod(shape))
+    num_bytes = dtype.itemsize * math.prod(shape)
     raw = np.zeros(num_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64  # a vector that lies across two cache lines costs two loads
     return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).reshape(shape)
@@ -154,8 +158,9 @@ class StepLayout:
 
     spans: [(block_table, start, num_tokens), ...]: the step computes num_tokens of that sequence,
     from position `start` on. The rows of the step stand in this order.
-    in_one_group: decoding rows form one group, however unequal they are: a CUDA graph is captured
-    for one size of it. Else the groups are those of equal width.
+    max_blocks: that a group may gather, in each layer; the cache's own number bounds the memory.
+    in_one_group: decoding rows form one group, however unequal they are and whatever it gathers: a
+    CUDA graph is captured for one size of it. Else the groups are those of equal width.
 
     slot_mapping: [N] where each row's key goes
     short: (rows [R], block_tables [B, W], table_of_row [R], context_lens [R]) or None: all rows
@@ -165,7 +170,7 @@ class StepLayout:
     long_chunks: those of them that are not among the short rows
     """
 
-    def __init__(self, spans, block_size, in_one_group=False):
+    def __init__(self, spans, block_size, max_blocks, in_one_group=False):
         slots, self.chunks, self.long_chunks, short, by_width = [], [], [], [], {}
         for table, start, num in spans:
             end, first_row = start + num, len(slots)
@@ -185,7 +190,11 @@ class StepLayout:
         if in_one_group and by_width:
             by_width = {max(by_width): sorted(chain(*by_width.values()))}
         self.slot_mapping = np.array(slots)
-        self.decodes = [decode_group(members, width) for width, members in by_width.items()]
+        self.decodes = []
+        for width, members in by_width.items():
+            size = len(members) if in_one_group else max(1, max_blocks // width)
+            self.decodes += [decode_group(members[first : first + size], width)
+                             for first in range(0, len(members), size)]
         self.short = short_rows(short) if short else None
 
 
@@ -203,8 +212,8 @@ def short_rows(members):
 
 
 def pad_tables(tables, width):
-    """[B, width] int32: a table that is shorter is filled up with its last block, which is masked
-    there. (Another sequence's block would do, until a NaN stands in it.)"""
+    """[B, width] int32: a table that is shorter is filled up with its last block; all that is
+    behind a sequence's last token is masked."""
     padded = np.empty((len(tables), width), dtype=np.int32)
     for row, block_ids in zip(padded, tables):
         row[: len(block_ids)], row[len(block_ids):] = block_ids, block_ids[-1]
@@ -228,6 +237,7 @@ class PagedStep:
         for rows, block_tables, context_lens in self.layout.decodes:
             keys, values = self.cache.read(layer, block_tables)  # [B, S, K, D]
             visible = np.arange(keys.shape[1]) < context_lens[:, None]  # [B, S]
+            values[~visible] = 0  # whatever was left there, a NaN perhaps, would survive 0 · NaN
             out[rows] = masked_attention_np(q[rows][:, :, None], keys.swapaxes(1, 2),
                                             values.swapaxes(1, 2), visible[:, None])[:, :, 0]
         for rows, block_ids, context_len in self.layout.chunks:
@@ -257,7 +267,8 @@ class PagedStepTorch:
             block_tables, context_lens = self._move(block_tables), self._move(context_lens)
             positions = torch.arange(block_tables.shape[1] * cache.block_size, device=cache.device)
             visible = positions < context_lens[:, None]  # [B, S], the same in every layer
-            self.decodes.append((self._move(rows), block_tables, visible[:, None]))
+            hidden = ~visible[:, :, None, None]
+            self.decodes.append((self._move(rows), block_tables, visible[:, None], hidden))
 
     def _move(self, array):
         return torch.from_numpy(array).to(self.cache.device)
@@ -271,8 +282,9 @@ class PagedStepTorch:
         if self.kernel:
             out[self.rows] = self.kernel(q[self.rows], self.cache.keys[layer],
                                          self.cache.values[layer])
-        for rows, block_tables, visible in self.decodes:
-            keys, values = self.cache.read(layer, block_tables)
+        for rows, block_tables, visible, hidden in self.decodes:
+            keys, values = (each.masked_fill_(hidden, 0)  # see PagedStep.attend
+                            for each in self.cache.read(layer, block_tables))
             out[rows] = masked_attention_sdpa(q[rows][:, :, None], keys.transpose(1, 2),
                                               values.transpose(1, 2), visible)[:, :, 0]
         for rows, block_ids, context_len in self.chunks:

@@ -51,6 +51,8 @@ def schedule(waiting, running, blocks, max_num_seqs, max_num_batched_tokens):
         if budget == 0:
             break
         num_tokens = min(sequence.num_uncomputed_tokens, budget)
+        # Prompts have had their blocks since they were admitted, so only those who decode preempt,
+        # and never anybody who is scheduled already: these are older.
         while sequence not in preempted and not blocks.can_grow(sequence, num_tokens):
             preempted.append(max(running, key=by_arrival))
             preempt(preempted[-1], waiting, running, blocks)

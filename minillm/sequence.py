@@ -49,8 +49,9 @@ class Answer:
     """The side of a sequence that the scheduler does not see: randomness, text and the clock."""
 
     def __init__(self, sequence, tokenizer, context_len):
-        self.sequence, self.request, self.completion = (
-            sequence, sequence.request, sequence.completion)
+        self.sequence = sequence
+        self.request = sequence.request
+        self.completion = sequence.completion
         self.request_id, _ = sequence.order
         self.writer = CompletionWriter(self.completion, tokenizer, self.request, context_len)
         self.rng = request_rng(self.request.params.seed, self.completion.index)

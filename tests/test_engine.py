@@ -324,7 +324,7 @@ def check_that_all_happened(counts):
 
 
 @pytest.mark.parametrize("kind, num_schedules", [
-    ("numpy", 1200), ("numpy int8", 200), ("torch", 50), ("torch kernel", 40), ("torch int8", 30),
+    ("numpy", 1450), ("numpy int8", 200), ("torch", 50), ("torch kernel", 40), ("torch int8", 30),
     pytest.param("cuda", 100, marks=pytest.mark.cuda)])
 def test_an_answer_is_the_same_in_every_schedule(kind, num_schedules):
     check_that_all_happened(run_schedules(range(num_schedules), kind))
@@ -340,7 +340,7 @@ def test_a_padded_step_has_one_of_few_shapes(monkeypatch):
     shapes = Counter()
 
     def step(cache, spans):
-        layout = StepLayout(spans, cache.block_size, in_one_group=True)
+        layout = StepLayout(spans, cache.block_size, 1000, in_one_group=True)
         if not layout.chunks:
             (rows, block_tables, context_lens), = layout.decodes
             shapes[block_tables.shape] += 1
@@ -477,8 +477,7 @@ def test_the_books_survive_an_interrupt_at_any_line():
 
 def test_a_nan_that_shows_late_is_gone_with_its_request():
     """Token 5 has NaN for an embedding. It stands in the first piece of a prompt, whose blocks are
-    known and cached when the last piece, some steps later, shows it; and block 0, which it has,
-    fills up everybody's block table."""
+    known and cached when the last piece, some steps later, shows it."""
     runner = NumpyRunner(RandomCheckpoint(), dtype="float64")
     engine = Watched(runner, Letters(), EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=4, block_size=2, num_blocks=30))

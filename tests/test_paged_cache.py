@@ -71,7 +71,8 @@ class Backend(NamedTuple):
 
     def step(self, cache, spans):
         if self.in_one_group:
-            return PagedStepTorch(cache, StepLayout(spans, cache.block_size, in_one_group=True))
+            layout = StepLayout(spans, cache.block_size, 1000, in_one_group=True)
+            return PagedStepTorch(cache, layout)
         return cache.step(spans)
 
     def attend(self, cache, layer, qkv):
@@ -286,37 +287,55 @@ LAYOUT = [(table_of(7, 2, 5), 8, 1), (table_of(3, 9), 2, 3), (table_of(6, 0), 3,
 
 
 def test_a_layout_by_hand():
-    layout = StepLayout(LAYOUT, 4)
+    layout = StepLayout(LAYOUT, 4, 1000)
     assert layout.slot_mapping.tolist() == [20, 14, 15, 36, 27, 33]
     (rows, block_ids, context_len), = layout.chunks
     assert (rows, block_ids.tolist(), context_len) == (slice(1, 4), [3, 9], 5)
     assert layout.long_chunks == []
     wide, narrow = layout.decodes
-    assert [each.tolist() for each in wide] == [[0, 5], [[7, 2, 5, 0], [1, 4, 8, 0]], [9, 10]]
+    assert [each.tolist() for each in wide] == [[0, 5], [[7, 2, 5, 5], [1, 4, 8, 8]], [9, 10]]
     assert [each.tolist() for each in narrow] == [[4], [[6]], [4]]
     assert [each.tolist() for each in layout.short] == [
-        [0, 1, 2, 3, 4, 5], [[7, 2, 5], [3, 9, 0], [6, 0, 0], [1, 4, 8]], [0, 1, 1, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5], [[7, 2, 5], [3, 9, 9], [6, 6, 6], [1, 4, 8]], [0, 1, 1, 1, 2, 3],
         [9, 3, 4, 5, 4, 10]]
 
 
+def test_a_group_gathers_no_more_blocks_than_the_cache_has():
+    spans = [(table_of(1, 2, 3), 9, 1)] * 5  # five that share all their blocks: width 4
+    sizes = [len(rows) for rows, _, _ in StepLayout(spans, 4, 10).decodes]
+    assert sizes == [2, 2, 1]
+    assert len(StepLayout(spans, 4, 3).decodes) == 5  # one at a time, at least
+
+
+@backends
+def test_what_lies_behind_a_sequence_is_never_read(backend):
+    """A request that was aborted left NaN in a block, and nobody cleared it."""
+    world = World(backend, np.random.default_rng(8), [9, 30, 2], 4)
+    for array in world.paged.arrays():
+        if array.dtype not in (np.int8, torch.int8):
+            array[:] = np.nan
+    world.step({0: 8, 1: 20, 2: 1})
+    world.step({2: 1, 1: 1, 0: 1})
+
+
 def test_in_one_group_all_decodes_have_the_largest_width():
-    group, = StepLayout(LAYOUT, 4, in_one_group=True).decodes
+    group, = StepLayout(LAYOUT, 4, 1000, in_one_group=True).decodes
     assert [each.tolist() for each in group] == [
-        [0, 4, 5], [[7, 2, 5, 0], [6, 0, 0, 0], [1, 4, 8, 0]], [9, 4, 10]]
+        [0, 4, 5], [[7, 2, 5, 5], [6, 6, 6, 6], [1, 4, 8, 8]], [9, 4, 10]]
 
 
 def test_a_piece_with_a_long_context_is_no_short_row(monkeypatch):
     monkeypatch.setattr(module, "SHORT_CONTEXT", 4)
-    layout = StepLayout(LAYOUT, 4)
+    layout = StepLayout(LAYOUT, 4, 1000)
     assert layout.long_chunks == layout.chunks
     assert layout.short[0].tolist() == [0, 4, 5]  # a decode is short, however long its context
-    alone = StepLayout(LAYOUT[1:2], 4)
+    alone = StepLayout(LAYOUT[1:2], 4, 1000)
     assert (alone.short, alone.decodes) == (None, [])
 
 
 def test_a_position_without_a_block_is_refused():
     with pytest.raises(ValueError, match="2 blocks of 4 have no place for position 8"):
-        StepLayout([(table_of(3, 9), 7, 2)], 4)
+        StepLayout([(table_of(3, 9), 7, 2)], 4, 1000)
 
 
 # ── The memory itself ────────────────────────────────────────────────────────────────────────
@@ -400,7 +419,7 @@ def test_copies_and_zeros_reach_all_layers_and_all_arrays(device, is_int8):
 
 @backends
 def test_what_a_broken_step_left_is_cleared_away(backend):
-    """NaN behind a sequence's end, and in block 0, with which tables are filled up."""
+    """NaN behind a sequence's end."""
     world = World(backend, np.random.default_rng(8), [9, 30, 2], 4)
     poison = 127 if backend.is_int8 else np.nan
     for array in world.paged.arrays():

@@ -52,7 +52,7 @@ def using(**replacements):
     belong to LLM(batching="none"); the functions of chapter 08 to "static", those of chapters 09
     and 10 to "continuous". Note that NumPy's KVCache calls attention_np for up to 2**18 scores a
     head, and online_softmax_attention_np beyond; they have one contract, so either can stand for
-    both.
+    both. And paged_gather_torch is called only where no kernel reads the blocks in place.
     """
     homes = _homes()
     for name, thing in replacements.items():
