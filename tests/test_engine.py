@@ -742,3 +742,21 @@ def test_a_cache_holds_1_gib_if_nobody_says_otherwise():
     Engine(Measured(), Letters(), EngineConfig(block_size=8))
     block_bytes = 2 * 2 * 2 * 4 * 8 * 8  # keys and values, L, K, D, block_size, float64
     assert Measured.made == [(1, 8), (DEFAULT_CACHE_BYTES // block_bytes, 8)]
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_when_it_is_added():
+    engine = Engine(NumpyRunner(RandomCheckpoint(), dtype="float64"), Letters(), EngineConfig(
+        num_blocks=100, block_size=16))
+    for num_tokens in (0, engine.context_len):
+        with pytest.raises(InputError, match=f"{num_tokens} tokens, must have 1 to "
+                                             f"{engine.context_len - 1}"):
+            engine.add_request(new_request([2] * num_tokens, temperature=0.0))
+    assert engine.answers == {} and engine.scheduler.waiting == []
+
+
+@pytest.mark.parametrize("sizes", [{"num_blocks": 10**17}, {"block_size": 10**15}])
+@pytest.mark.parametrize("make", [NumpyRunner, TorchRunner])
+def test_a_cache_beyond_all_memory_is_refused(make, sizes):
+    runner = make(RandomCheckpoint(), device="cpu")
+    with pytest.raises(InputError, match="no memory for so large a cache"):
+        Engine(runner, Letters(), EngineConfig(**sizes))

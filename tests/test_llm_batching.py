@@ -11,6 +11,7 @@ import pytest
 from test_llm import assert_same_choices, finish, greedy, write_chat_model
 
 from minillm import LLM, InputError, SamplingParams, scheduler
+from minillm.sequence import Answer
 
 TEMPLATE = ("{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
             "{% endfor %}assistant:")
@@ -333,6 +334,58 @@ def test_ctrl_c_in_generate_leaves_the_engine_empty(llm, expected, monkeypatch, 
     assert_empty(llm)
     assert [answers(each) for each in llm.generate(TEXTS, PARAMS)] == [
         answers(each) for each in expected]
+
+
+def test_ctrl_c_while_prompts_are_added_leaves_none_behind(llm, monkeypatch):
+    add_request, added = llm.engine.add_request, []
+
+    def interrupted(request):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(add_request(request))
+        return added[-1]
+
+    monkeypatch.setattr(llm.engine, "add_request", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["A", "B", "C"], greedy(5))
+    assert len(added) == 2
+    assert_empty(llm)
+
+
+def test_a_stream_that_is_collected_in_the_middle_of_a_step(llm, alone, monkeypatch):
+    """Python may close an abandoned generator at any allocation, also inside Engine.step."""
+    stream = iter(llm.stream("x", greedy(20)))
+    next(stream)
+    forward = llm.runner.forward
+
+    def collecting(*args):
+        stream.close()
+        return forward(*args)
+
+    monkeypatch.setattr(llm.runner, "forward", collecting)
+    output, = llm.generate(["A long time ago"], greedy(6))
+    assert answers(output) == answers(alone.generate("A long time ago", greedy(6))[0])
+    assert_empty(llm)
+
+
+def test_a_stream_loses_no_text_when_another_request_breaks_a_step(llm, alone, monkeypatch):
+    stream = llm.stream("A long time ago", greedy(12))
+    pieces = iter(stream)
+    text = next(pieces)
+    add, calls = Answer.add, []
+
+    def interrupted(answer, *args):
+        calls.append(answer)
+        if answer.request is not calls[0].request:  # the stream's own token is written already
+            raise KeyboardInterrupt
+        return add(answer, *args)
+
+    monkeypatch.setattr(Answer, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["x"], greedy(6))
+    monkeypatch.undo()
+    text += "".join(pieces)
+    assert text == stream.output.text == alone.generate("A long time ago", greedy(12))[0].text
 
 
 def test_ctrl_c_in_generate_spares_a_stream_beside_it(llm, alone, monkeypatch):
