@@ -296,3 +296,12 @@ def test_a_stopwatch_sums_up_and_starts_again():
     watch.watch(watched, "work")
     assert watched.work(1) == 2
     assert watch.take()["work"] > 0 and watch.take() == {"work": 0.0}
+
+
+def test_who_was_asked_once_counts_in_every_round():
+    samples = [{"contestant": name, "question": 8, "round": number, "seconds": seconds, "rows": 1}
+               for name, number, seconds in (("minillm a", 0, 1.0), ("minillm a", 1, 1.0),
+                                             ("x", 0, 4.0), ("x", 1, 5.0), ("slow", 0, 2.0))]
+    result = {"at_once": {"arguments": {"answer_tokens": 5}, "samples": samples,
+                          "contestants": dict.fromkeys(("minillm a", "x", "slow"))}}
+    assert report.best_peers(result, 8) == {0: 20, 1: 20}

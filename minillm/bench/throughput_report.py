@@ -43,7 +43,7 @@ def best_peers(result, size):
     peers = [speeds_at_once(result, name, size) for name in result["at_once"]["contestants"]
              if not name.startswith("minillm")]
     return {number: max(each.get(number, median(each)) for each in peers)
-            for number in range(result["at_once"]["arguments"]["rounds"]) if peers}
+            for number in {sample["round"] for sample in result["at_once"]["samples"]} if peers}
 
 
 def ratios(ours, theirs):
