@@ -37,7 +37,7 @@ class LLM:
     max_num_seqs, one after the other (a request that wants more answers is a batch by itself);
     "none", one request after the other. The texts are the same.
     engine_options: the fields of EngineConfig, such as max_num_seqs, max_num_batched_tokens and
-    num_blocks, for continuous batching; a static batch reads max_num_seqs alone.
+    num_blocks, for continuous batching; a static batch takes max_num_seqs alone, "none" takes none.
     One thread at a time may call it.
     Raises InputError for what is not there, cannot be read or is not supported.
     """
@@ -51,6 +51,11 @@ class LLM:
             raise InputError(f"kv_dtype {kv_dtype!r} is not for a static batch: use batching "
                              "'continuous' or 'none'")
         self.batching, self.engine_config = batching, EngineConfig(**engine_options)
+        unread = set(engine_options) - {"static": {"max_num_seqs"}, "none": set()}.get(
+            batching, set(engine_options))
+        if unread:
+            raise InputError(f"{', '.join(sorted(unread))} is not for batching {batching!r}: leave "
+                             "it out, or use batching 'continuous'")
         checkpoint = open_checkpoint(resolve(model))
         if quantize is not None:
             checkpoint = quantize_checkpoint(checkpoint, quantize)

@@ -171,8 +171,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exact(tiny):
     """float64: a row's sums may be taken in any order and choose the same token."""
-    return LLM(tiny, backend="numpy", dtype="float64", batching="static", max_num_seqs=40,
-               max_num_batched_tokens=40)
+    return LLM(tiny, backend="numpy", dtype="float64", batching="static", max_num_seqs=40)
 
 
 TEXTS = ["In", "A long time ago there was", "x", "two\nlines", "1, 2, 3, 5, 8, 13,", "ééé"]

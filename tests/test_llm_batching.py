@@ -170,7 +170,7 @@ def test_no_prompts_are_no_answers(llm):
 
 @pytest.mark.parametrize("batching", ["continuous", "static", "none"])
 def test_progress_counts_requests(open_llm, capsys, batching):
-    llm = open_llm(batching, max_num_seqs=2)
+    llm = open_llm(batching, **({} if batching == "none" else {"max_num_seqs": 2}))
     llm.generate(["a", "b", "c"], [greedy(1), greedy(4), greedy(2)], progress=True)
     out, err = capsys.readouterr()
     assert out == "" and re.search(r"answer: 100%.* 3/3 .*prompt", err)
@@ -281,7 +281,8 @@ def test_a_failed_step_costs_the_reader_its_stream_and_nobody_else(llm, alone, m
 
 @pytest.mark.parametrize("batching", ["continuous", "static", "none"])
 def test_a_second_turn(open_llm, alone, batching):
-    llm = open_llm(batching, block_size=4, max_num_batched_tokens=64)
+    options = {"block_size": 4, "max_num_batched_tokens": 64} if batching == "continuous" else {}
+    llm = open_llm(batching, **options)
     conversation = llm.conversation("Be brief.")
     first = finish(conversation.say("What is the capital of France?", greedy(10)))
     second = finish(conversation.say("And of Italy?", greedy(10)))
@@ -467,3 +468,9 @@ def test_the_engine_is_made_when_the_first_request_comes(open_llm):
     assert llm.engine is llm.engine
     token_bytes = 2 * 3 * 20 * 8  # keys and values, L, K·D, float64
     assert llm.engine.scheduler.blocks.num_blocks == 2**30 // (16 * token_bytes)
+
+
+@pytest.mark.parametrize("batching, option", [("none", "max_num_seqs"), ("static", "num_blocks")])
+def test_an_option_that_nobody_would_read_is_refused(open_llm, batching, option):
+    with pytest.raises(InputError, match=f"{option} is not for batching '{batching}'"):
+        open_llm(batching, **{option: 9})

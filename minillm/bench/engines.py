@@ -45,9 +45,10 @@ class Minillm:
                  **options):
         from .. import LLM
 
-        # Every round asks the same, and is to compute it again.
+        if options.get("batching", "continuous") == "continuous":
+            options["enable_prefix_caching"] = False  # each round asks the same, and computes it
         self.llm = LLM(model, backend, "cpu", dtype, quantize, kv_dtype,
-                       enable_prefix_caching=False, **options)
+                       **options)
         self.num_rows = 0
         self.forward, self.llm.runner.forward = self.llm.runner.forward, self._counting_forward
 
